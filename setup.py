@@ -1,0 +1,39 @@
+"""Packaging of vac_ddp. Lower bounds only where an older release is known not to work."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+TEST = ["pytest", "hypothesis", "ruff", "torchvision", "av", "soundfile"]
+
+setup(
+    name="vac_ddp",
+    version="0.1.0",
+    description="Fine-tune VideoMAE for video action classification on frame folders, with raw PyTorch DDP",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vac_ddp", "vac_ddp.*"]),
+    package_data={"vac_ddp": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "transformers>=5.0",
+        "timm",
+        "safetensors",
+        "omegaconf>=2.4",  # 2.3 knows neither Literal nor unions
+        "simplejpeg",
+        "pillow",  # Pillow-SIMD takes its place by launch/install_simd.sh
+        "numpy",
+        "matplotlib",
+        "tqdm",
+        "wandb",
+        "submitit",
+    ],
+    extras_require={"export": EXPORT, "video": ["av"], "test": TEST + EXPORT},
+    entry_points={"console_scripts": ["vac = vac_ddp.cli:main"]},
+)

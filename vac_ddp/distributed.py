@@ -1,0 +1,191 @@
+"""Ranks: start, end, agree, sum counts, gather rows by index. Knows nothing of models or data.
+
+Without torchrun (no RANK in the environment) everything works in one process, without a process group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vac_ddp.errors import UserError
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started by torchrun."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+def active() -> bool:
+    """Whether a process group is up."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def pick_device() -> torch.device:
+    """The GPU of this local rank, or the CPU. More ranks than GPUs is an error, not a shared GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {rank()} wants GPU {local_rank()}, this machine has {torch.cuda.device_count()}: "
+            "lower --nproc_per_node, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def start(device: torch.device, *, timeout_s: float) -> None:
+    """Join the process group (NCCL for GPUs, gloo for CPUs). A failed start raises: no run falls back to one rank."""
+    if not under_torchrun() or active():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def control_group(*, timeout_s: float) -> dist.ProcessGroup | None:
+    """A gloo group for small host-side agreements, beside the one that carries gradients."""
+    if not active():
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def end(status: int) -> None:
+    """Leave the process group and the process, in an order in which gloo does not abort.
+
+    Interpreter shutdown with live gloo threads ended in "terminate called without an active exception"
+    in half of the good runs; leaving by os._exit after destroy_process_group never did.
+    """
+    if active():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if under_torchrun():
+        os._exit(status)
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait for all ranks."""
+    if active():
+        dist.barrier(group=group)
+
+
+def _collective_device() -> torch.device:
+    if active() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def broadcast_object(value: Any, *, source: int = 0) -> Any:
+    """`value` of rank `source`, on every rank."""
+    if not active():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=_collective_device())
+    return box[0]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks in rank order, on every rank. For small host objects."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_counts(counts: torch.Tensor) -> torch.Tensor:
+    """Sum of `counts` (any shape, float64 or integer) over the ranks, on every rank."""
+    if not active():
+        return counts
+    total = counts.detach().clone().to(_collective_device())
+    dist.all_reduce(total)
+    return total.to(counts.device)
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Raise on every rank if any rank has an error; the first rank's comes out on all of them.
+
+    Call it at points that all ranks reach, so that none waits for one that is gone.
+    """
+    if not active():
+        if error is not None:
+            raise error
+        return
+    said = all_gather_objects(None if error is None else (type(error).__name__, str(error)))
+    first = next(((r, s) for r, s in enumerate(said) if s is not None), None)
+    if first is None:
+        return
+    if error is not None and first[0] == rank():
+        raise error
+    where, (kind, text) = first
+    if kind == "UserError":
+        raise UserError(text)
+    raise RuntimeError(f"rank {where} failed: {kind}: {text}")
+
+
+def gather_rows(index: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch.Tensor | None:
+    """Put the rows of all ranks together by their index, on rank 0 (None elsewhere).
+
+    index: (n,) int64, the row's place among `total`; rows: (n, ...) of any dtype. Ranks may hold different
+    numbers of rows, also none. A place that no rank or two ranks filled is an error.
+    """
+    index, rows = index.cpu(), rows.cpu()
+    if active():
+        index, rows = _gather_ragged(index), _gather_ragged(rows)
+        if index is None or rows is None:
+            return None
+    counts = torch.bincount(index, minlength=total) if len(index) else torch.zeros(total, dtype=torch.int64)
+    if len(counts) != total or not bool((counts == 1).all()):
+        missing = int((counts[:total] == 0).sum())
+        twice = int((counts > 1).sum())
+        raise RuntimeError(f"gathered rows are not whole: {missing} of {total} missing, {twice} present twice")
+    out = torch.empty((total, *rows.shape[1:]), dtype=rows.dtype)
+    out[index] = rows
+    return out
+
+
+def _gather_ragged(rows: torch.Tensor) -> torch.Tensor | None:
+    """Concatenate tensors (n_r, ...) of all ranks on rank 0, point to point: one rank at a time is in memory."""
+    counts = all_gather_objects((len(rows), tuple(rows.shape[1:])))
+    tail = next((t for n, t in counts if n), tuple(rows.shape[1:]))
+    device = _collective_device()
+    if rank() != 0:
+        if len(rows):
+            dist.send(rows.contiguous().to(device), dst=0)
+        return None
+    parts = [rows.reshape(len(rows), *tail)]
+    for source in range(1, world_size()):
+        count = counts[source][0]
+        if count:
+            part = torch.empty((count, *tail), dtype=rows.dtype, device=device)
+            dist.recv(part, src=source)
+            parts.append(part.cpu())
+    return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""One optimizer step, the epochs around it, and what makes them safe to interrupt."""

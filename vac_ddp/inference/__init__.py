@@ -1,0 +1,1 @@
+"""Views of a video, their logits, scores and submissions."""

@@ -1,0 +1,1 @@
+"""Networks, and the weights that go in and out of them."""

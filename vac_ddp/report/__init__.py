@@ -1,0 +1,1 @@
+"""What a run tells people: console, JSON lines, W&B, HTML."""

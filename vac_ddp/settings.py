@@ -1,0 +1,234 @@
+"""Every setting of vac_ddp: its name, type, default and meaning. The one place to look a setting up.
+
+Text on the command line reaches these fields as `group.name=value`; YAML files have the same names.
+`config.py` reads and checks them, nothing here imports anything but the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A dataclass field with a default and the line that `--help` shows."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Where the frames are, how they are split and read."""
+
+    train: str = setting("data_train", "folder <class>/<video>/*.jpg, a packed data set, or a CSV (path,label)")
+    val: str | None = setting(None, "validation data in the same forms; without it a part of `train` is held out")
+    val_fraction: float = setting(0.2, "share of each class held out for validation; 0 trains on everything")
+    fold: str | None = setting(None, "k/K: fold k (from 1) of K grouped folds is the validation part")
+    group_by: Literal["auto", "hmdb51", "ucf101", "numbered", "regex", "csv", "none"] = setting(
+        "auto", "how the source of a video is told from its name; clips of one source stay on one side"
+    )
+    group_regex: str | None = setting(None, "regular expression whose first group is the source (group_by=regex)")
+    group_csv: str | None = setting(None, "CSV with the columns video,source (group_by=csv)")
+    group_across_classes: bool | None = setting(
+        None, "a source of the same name in two classes is one source; default: yes, but for hmdb51"
+    )
+    official_lists: str | None = setting(None, "folder of official HMDB51 or UCF101 list files that make the split")
+    official_split: int = setting(1, "which of the three official splits")
+    on_bad_video: Literal["error", "skip"] = setting("error", "a training video without any good frame")
+    max_damaged: float = setting(0.05, "share of damaged frames above which training is refused")
+    rescan: bool = setting(False, "check the whole tree against the cached index, not a sample of it")
+    cache: str | None = setting(None, "folder of cached indexes; default: ~/.cache/vac_ddp")
+    balance: Literal["none", "class"] = setting("none", "class: draw every class equally often")
+    workers: int | None = setting(None, "loader processes a rank; default: the cores it has, at most 16")
+    prefetch: int = setting(4, "batches that each loader process keeps ready")
+    decode: Literal["cpu", "gpu"] = setting("cpu", "where JPEG files are decoded")
+    reduced_decode: bool = setting(True, "decode frames much larger than needed at 1/2, 1/4 or 1/8 of their size")
+
+
+@dataclass(kw_only=True)
+class ClipSettings:
+    """What one clip is."""
+
+    frames: int = setting(16, "frames in a clip")
+    stride: int = setting(2, "distance between neighbouring frames of a dense clip, in frames of the video")
+    stride_jitter: int = setting(0, "training: the stride is drawn from stride - jitter to stride + jitter (>= 1)")
+    sampling: Literal["dense", "segments"] = setting("dense", "a window of neighbours, or one frame a segment")
+    size: int = setting(224, "height and width of a clip, in pixels")
+    short_side: int | None = setting(None, "short side of a test frame before the crop; default: size")
+    short: Literal["hold", "repeat"] = setting("hold", "a video shorter than the clip holds its last frame or repeats")
+
+
+@dataclass(kw_only=True)
+class ViewSettings:
+    """Which views of a video are scored."""
+
+    windows: Literal["offsets", "spread", "phases"] = setting(
+        "offsets",
+        "clips at the given first frames, K clips over the whole video, or K phases of its segments",
+    )
+    offsets: list[int] = setting([0, 4, 8], "first frames of the clips, for windows=offsets")
+    count: int = setting(5, "number K of clips, for windows=spread and windows=phases")
+    crops: int = setting(1, "crops of each clip along its long side: 1 (centre) or 3")
+    flip: bool = setting(False, "score every clip mirrored as well")
+
+
+@dataclass(kw_only=True)
+class AugmentSettings:
+    """How training clips are changed. One draw a clip, a pure function of (seed, epoch, sample)."""
+
+    repeats: int = setting(1, "clips made of every decoded video (repeated augmentation)")
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area of the random crop, as a share of the frame")
+    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "aspect ratio of the random crop")
+    flip: float = setting(0.5, "probability of mirroring; 0 where left and right make the class")
+    color_jitter: float = setting(0.0, "strength of brightness, contrast and saturation jitter")
+    randaugment: str = setting("", "timm's notation, as rand-m7-n4-mstd0.5-inc1; empty for none")
+    erase: float = setting(0.0, "probability of erasing a rectangle (the same in all frames)")
+    mixup: float = setting(0.0, "alpha of mixup; 0 for none")
+    cutmix: float = setting(0.0, "alpha of cutmix; 0 for none")
+    mix_probability: float = setting(1.0, "share of the pairs that are mixed, where mixup or cutmix is on")
+    mix_switch: float = setting(0.5, "share of cutmix where both are on")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Which network, and where its weights come from."""
+
+    name: Literal["videomae", "lsvit", "frame_vit", "hf"] = setting("videomae", "architecture")
+    weights: str | None = setting(
+        "MCG-NJU/videomae-base",
+        "hub id, HF directory, .pth/.pt file, run directory or timm name; null: from scratch",
+    )
+    width: int | None = setting(None, "token width; with depth, heads: sizes by number, from scratch")
+    depth: int | None = setting(None, "transformer blocks")
+    heads: int | None = setting(None, "attention heads")
+    mlp_ratio: float = setting(4.0, "width of the MLP as a multiple of the token width")
+    size: Literal["small", "base", "large", "huge", "giant"] | None = setting(None, "size by name, from scratch")
+    patch: int = setting(16, "height and width of a patch, in pixels (from scratch)")
+    tubelet: int = setting(2, "frames of a tubelet (from scratch)")
+    norm_eps: float | None = setting(None, "LayerNorm epsilon of the encoder; default: as the weights were trained")
+    drop_path: float = setting(0.0, "stochastic depth at the last block, rising linearly from 0")
+    head_dropout: float = setting(0.0, "dropout before the classifier")
+    head_init_scale: float = setting(0.001, "factor on the new classifier's initial weights")
+    pooling: Literal["mean", "attention", "transformer"] = setting("mean", "frame_vit: aggregation over time")
+    backbone: str = setting("vit_small_patch16_224", "frame_vit, lsvit: timm image model")
+    smif: bool = setting(True, "lsvit: short-term motion fusion on pixels")
+    lmi: bool = setting(True, "lsvit: long-term motion integration after every block")
+    mean: tuple[float, float, float] | None = setting(None, "pixel mean (0 to 1); default: as the weights were trained")
+    std: tuple[float, float, float] | None = setting(None, "pixel deviation; default: as the weights were trained")
+    revision: str | None = setting(None, "revision of a hub id")
+
+
+@dataclass(kw_only=True)
+class OptimSettings:
+    """AdamW and its schedule."""
+
+    lr: float | None = setting(None, "peak learning rate as used")
+    base_lr: float | None = setting(None, "peak learning rate per 256 clips of the global batch (or lr, not both)")
+    min_lr: float = setting(1e-6, "learning rate at the end, in the terms of lr or base_lr")
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up")
+    warmup_lr: float = setting(0.0, "learning rate at the first step, in the terms of lr or base_lr")
+    weight_decay: float = setting(0.05, "decoupled weight decay; none on 1-D parameters and position tables")
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
+    eps: float = setting(1e-8, "AdamW epsilon")
+    layer_decay: float = setting(1.0, "factor on the learning rate per layer below the head")
+    head_lr_scale: float = setting(1.0, "factor on the learning rate of the classifier")
+    clip_norm: float | None = setting(None, "largest norm of the gradient")
+    shard: bool = setting(False, "shard the optimizer's state over the ranks (ZeRO stage 1)")
+    fused: bool = setting(True, "fused AdamW kernel")
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """How long, how large, how precise."""
+
+    epochs: int = setting(20, "passes over the training part")
+    max_steps: int | None = setting(None, "end after this many optimizer steps, the schedule fitted to it")
+    global_batch: int = setting(64, "clips of one optimizer step over all ranks")
+    clips_per_gpu: int | str = setting("auto", "clips of one micro-batch on one rank; auto: what fits (CPU: 8)")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "autocast; auto: bf16 on GPUs, fp32 on the CPU"
+    )
+    label_smoothing: float = setting(0.0, "label smoothing")
+    class_weights: Literal["none", "inverse"] = setting("none", "weights of the loss by class frequency, mean 1")
+    ema_decay: float | None = setting(None, "moving average of the weights, per step; validated and saved as best")
+    patience: int | None = setting(None, "epochs without a better validation accuracy before the end")
+    freeze_depth: int = setting(0, "layers from below that stay as they are (1: embedding, 2: and first block...)")
+    checkpointing: int = setting(0, "blocks from below whose activations are computed again in the backward pass")
+    compile: bool | None = setting(None, "compile the blocks; default: on CUDA only")
+    bf16_reduce: bool = setting(False, "all-reduce gradients in bfloat16")
+    val_every: int = setting(1, "epochs between validations; the last one is always validated")
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """When and what is saved."""
+
+    keep: int = setting(2, "step-numbered checkpoints kept")
+    every_steps: int | None = setting(None, "steps between checkpoints, beside those of every epoch")
+    every_minutes: float | None = setting(10.0, "minutes between checkpoints, beside those of every epoch")
+    on_failure: Literal["continue", "stop"] = setting("continue", "when a checkpoint cannot be written (disk full)")
+
+
+@dataclass(kw_only=True)
+class HealthSettings:
+    """What ends a run that goes wrong."""
+
+    max_bad_steps: int = setting(10, "steps with a non-finite loss or gradient in a row before the run ends")
+    checksum_every: int = setting(500, "steps between comparisons of the parameters over the ranks; 0: never")
+    start_timeout_s: float = setting(1800.0, "longest wait of a collective until the first step is done, in seconds")
+    timeout_s: float = setting(300.0, "longest wait of a collective after the first step, in seconds")
+    slow_factor: float = setting(2.0, "a rank that takes this many times the median is named")
+
+
+@dataclass(kw_only=True)
+class LogSettings:
+    """What is written while a run goes on."""
+
+    every_steps: int = setting(10, "steps between lines in metrics.jsonl; the counters are read only then")
+    wandb: Literal["disabled", "online", "offline"] = setting("disabled", "Weights & Biases")
+    wandb_project: str = setting("vac_ddp", "W&B project")
+    wandb_artifact: bool = setting(False, "upload the best checkpoint as a W&B artifact")
+    tensorboard: bool = setting(False, "write TensorBoard files as well")
+    progress: bool | None = setting(None, "progress bar; default: only on a terminal")
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """Where a run lives and how it starts."""
+
+    dir: str = setting("runs/default", "directory of the run")
+    resume: str = setting("none", "auto: go on where a checkpoint is; none: start anew; or the path of a checkpoint")
+    overwrite: bool = setting(False, "throw away what an earlier run left in the directory")
+
+
+@dataclass(kw_only=True)
+class PredictSettings:
+    """How a test folder is predicted."""
+
+    views: ViewSettings = field(default_factory=ViewSettings, metadata={"help": "views of a test video"})
+    clips_per_gpu: int | str = setting("auto", "clips of one forward pass on one rank")
+    save_every: int = setting(50, "videos between saves of what is done, a rank")
+
+
+def _centre_view() -> ViewSettings:
+    return ViewSettings(windows="spread", count=1)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    seed: int = setting(0, "seed of everything that is drawn")
+    data: DataSettings = field(default_factory=DataSettings)
+    clip: ClipSettings = field(default_factory=ClipSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    val: ViewSettings = field(default_factory=_centre_view, metadata={"help": "views of a validation video"})
+    predict: PredictSettings = field(default_factory=PredictSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    run: RunSettings = field(default_factory=RunSettings)
