@@ -40,6 +40,7 @@ class DataSettings:
     rescan: bool = setting(False, "check the whole tree against the cached index, not a sample of it")
     cache: str | None = setting(None, "folder of cached indexes; default: ~/.cache/vac_ddp")
     balance: Literal["none", "class"] = setting("none", "class: draw every class equally often")
+    limit: int | None = setting(None, "use only so many videos of each part (a quick look, --debug)")
     workers: int | None = setting(None, "loader processes a rank; default: the cores it has, at most 16")
     prefetch: int = setting(4, "batches that each loader process keeps ready")
     decode: Literal["cpu", "gpu"] = setting("cpu", "where JPEG files are decoded")
@@ -124,7 +125,7 @@ class OptimSettings:
     """AdamW and its schedule."""
 
     lr: float | None = setting(None, "peak learning rate as used")
-    base_lr: float | None = setting(None, "peak learning rate per 256 clips of the global batch (or lr, not both)")
+    base_lr: float | None = setting(5e-4, "peak learning rate per 256 clips of the global batch (or lr, not both)")
     min_lr: float = setting(1e-6, "learning rate at the end, in the terms of lr or base_lr")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up")
     warmup_lr: float = setting(0.0, "learning rate at the first step, in the terms of lr or base_lr")

@@ -1,0 +1,70 @@
+"""`vac COMMAND ...`: one door for every program of the package."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from vac_ddp import __version__, errors
+
+COMMANDS = {
+    "train": ("vac_ddp.tools.launch", "train a classifier (--nproc N: under torchrun)"),
+    "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
+    "score": ("vac_ddp.tools.score", "turn views files into scores, ensembles and a submission"),
+    "soup": ("vac_ddp.tools.soup", "average the weights of several runs of one model"),
+    "synth": ("vac_ddp.tools.synth", "make a motion data set to try everything out"),
+    "audit": ("vac_ddp.tools.audit", "look for leaks, damage and giveaways in a data set"),
+    "extract": ("vac_ddp.tools.extract", "cut video files into frame folders"),
+    "pack": ("vac_ddp.tools.pack", "put the frames of many videos into few large files"),
+    "export": ("vac_ddp.tools.export", "write a run as a model that others can load"),
+}
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [
+        f"vac {__version__}: video action classification with DDP",
+        "",
+        "usage: vac COMMAND ... (--help after it)",
+        "",
+    ]
+    return "\n".join(lines + [f"  {name:<9}{about}" for name, (_, about) in COMMANDS.items()])
+
+
+def run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Call a program and turn what it raises into an exit status and one line."""
+    try:
+        return program(argv) or 0
+    except (errors.UserError, errors.Findings, errors.Interrupted) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        else:
+            print(f"vac: {error}", file=sys.stderr)
+        return errors.exit_status(error)
+    except KeyboardInterrupt:
+        print("vac: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else errors.USER_ERROR
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"vac: unknown command {argv[0]}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return errors.USER_ERROR
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    return run(module.main, argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
