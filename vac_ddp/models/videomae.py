@@ -1,0 +1,287 @@
+"""The VideoMAE encoder with a classifier on top (Tong et al., 2022, arXiv 2203.12602; V2: arXiv 2303.16727).
+
+Names and numbers follow the official code; `names.py` maps them to Hugging Face's. Three things differ from
+both codes, none of them in what is computed: q, k and v are one matrix product, so is the patch embedding,
+and the masks of drop path and dropout are made from numbers that come with the batch, so that they do not
+depend on how a batch is split into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a VideoMAE is beside its tensors.
+
+    grids: tokens along (time, height, width). The position table is the sine-cosine table of the first grid,
+    interpolated to each following one; the last is what the model takes.
+    pooling: `mean` of all tokens, as in the paper, or the `first` token, as Hugging Face's class does when its
+    config says use_mean_pooling=false (there is no class token: good for files trained that way only).
+    eps, head_eps: LayerNorm epsilon in the blocks and before the classifier.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch: int = 16
+    tubelet: int = 2
+    eps: float = 1e-6
+    head_eps: float = 1e-5
+    pooling: str = "mean"
+    grids: tuple[Grid, ...] = ((8, 14, 14),)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip."""
+        return self.grids[-1][0] * self.tubelet
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width of a clip, in pixels."""
+        return self.grids[-1][1] * self.patch, self.grids[-1][2] * self.patch
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with bias on q and v only: one on k cancels in the softmax."""
+
+    def __init__(self, width: int, heads: int, mlp: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, mlp)
+        self.fc2 = nn.Linear(mlp, width)
+
+    def forward(self, x: Tensor, keep_attention: Tensor | None = None, keep_mlp: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) to tokens; the factors (B, 1, 1) scale what the two branches add (None: by 1)."""
+        batch, tokens, width = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = F.linear(self.norm1(x), self.qkv.weight, bias)
+        q, k, v = qkv.view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x = _add(x, self.proj(mixed), keep_attention)
+        return _add(x, self.fc2(F.gelu(self.fc1(self.norm2(x)))), keep_mlp)
+
+
+def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    # The float32 factor must not turn a bfloat16 residual stream into a float32 one.
+    return x + branch if keep is None else (x + branch * keep).to(x.dtype)
+
+
+class VideoMAE(nn.Module):
+    """Clips in, logits out.
+
+    `noise_size` numbers a sample make the masks: two a block if drop_path > 0, then `width` for the head's
+    dropout if head_dropout > 0. drop_path rises linearly from 0 at the first block to the given value at the last.
+    The position table is a buffer that is not saved: it follows from the architecture.
+    """
+
+    def __init__(
+        self, architecture: Architecture, num_classes: int, *, drop_path: float = 0.0, head_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.arch = arch = architecture
+        self.num_classes = num_classes
+        self.head_dropout = head_dropout
+        self.drop_path = drop_path
+        self.checkpointing = 0
+        self.patch_embed = nn.Linear(3 * arch.tubelet * arch.patch**2, arch.width)
+        self.blocks = nn.ModuleList(Block(arch.width, arch.heads, arch.mlp, arch.eps) for _ in range(arch.depth))
+        self.fc_norm = nn.LayerNorm(arch.width, eps=arch.head_eps if arch.pooling == "mean" else arch.eps)
+        self.head = nn.Linear(arch.width, num_classes)
+        self._set_buffers()
+
+    def _set_buffers(self) -> None:
+        """What follows from the settings and has to be on the device: no copy in the step, nothing in the files."""
+        depth = self.arch.depth
+        rates = [self.drop_path * i / max(1, depth - 1) for i in range(depth) for _ in range(2)]
+        table = position_table(self.arch.grids, self.arch.width)
+        self.register_buffer("drop_rates", torch.tensor(rates, device="cpu"), persistent=False)
+        self.register_buffer("positions", table, persistent=False)
+
+    @property
+    def noise_size(self) -> int:
+        """Random numbers in [0, 1) that a sample brings."""
+        return self._block_noise + (self.arch.width if self.head_dropout > 0 else 0)
+
+    @property
+    def _block_noise(self) -> int:
+        return 2 * self.arch.depth if self.drop_path > 0 else 0
+
+    def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Logits (B, K) float32 of clips (B, T, 3, H, W), normalised floats.
+
+        noise: (B, noise_size) in [0, 1); without it nothing is dropped and the result is deterministic.
+        """
+        x = self.embed(clips)
+        keep = self._keep_factors(noise)
+        for i, block in enumerate(self.blocks):
+            pair = (None, None) if keep is None else (keep[2 * i], keep[2 * i + 1])
+            if i < self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *pair, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *pair)
+        return self.classify(x, noise)
+
+    def embed(self, clips: Tensor) -> Tensor:
+        """Tokens (B, N, D) with their positions. The convolution's kernel is its stride: a reshape and one matmul."""
+        batch, frames, channels, height, width = clips.shape
+        t, p = self.arch.tubelet, self.arch.patch
+        if (frames, height, width) != (self.arch.frames, *self.arch.image) or channels != 3:
+            want = (self.arch.frames, 3, *self.arch.image)
+            raise ValueError(f"clips are {tuple(clips.shape[1:])}, the model takes (T, C, H, W) = {want}")
+        cubes = clips.view(batch, frames // t, t, 3, height // p, p, width // p, p)
+        cubes = cubes.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, 3 * t * p * p)
+        tokens = self.patch_embed(cubes)
+        return tokens + self.positions.to(tokens.dtype)
+
+    def classify(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Logits (B, K) of tokens (B, N, D), in float32 also under autocast."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            pooled = x.float().mean(1) if self.arch.pooling == "mean" else x[:, 0].float()
+            pooled = self.fc_norm(pooled)
+            if noise is not None and self.head_dropout > 0:
+                kept = noise[:, self._block_noise :] >= self.head_dropout
+                pooled = pooled * kept.to(pooled.dtype) / (1 - self.head_dropout)
+            return self.head(pooled)
+
+    def _keep_factors(self, noise: Tensor | None) -> Sequence[Tensor] | None:
+        """Two factors (B, 1, 1) a block: 0 with the block's probability, else what keeps the mean."""
+        if noise is None or not self._block_noise:
+            return None
+        factors = (noise[:, : self._block_noise] >= self.drop_rates) / (1 - self.drop_rates)
+        return factors.T[:, :, None, None].unbind(0)
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place; parameter names stay as they are."""
+        # Blocks share their code, and with it the limit on how often it may be compiled for another batch size,
+        # grad mode or frozen block; past the limit fullgraph is an error.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
+    @property
+    def num_depths(self) -> int:
+        """Depths for layer decay: embedding, every block, and norm with classifier."""
+        return self.arch.depth + 2
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter: 0 embedding, i + 1 block i, num_depths - 1 final norm and classifier."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return {"patch_embed": 0, "fc_norm": self.num_depths - 1, "head": self.num_depths - 1}[part]
+
+    def head_names(self) -> set[str]:
+        """Names of the classifier's parameters."""
+        return {"head.weight", "head.bias"}
+
+    def architecture(self) -> dict[str, Any]:
+        """The architecture in plain types, for the checkpoint."""
+        fields = dataclasses.asdict(self.arch)
+        return {"name": "videomae", **fields, "grids": [list(grid) for grid in self.arch.grids]}
+
+
+def architecture_from(fields: dict[str, Any]) -> Architecture:
+    """The opposite of `VideoMAE.architecture`; fields that are not of the architecture are left out."""
+    known = {field.name for field in dataclasses.fields(Architecture)}
+    kept = {name: value for name, value in fields.items() if name in known}
+    if "grids" in kept:
+        kept["grids"] = tuple((int(t), int(h), int(w)) for t, h, w in kept["grids"])
+    return Architecture(**kept)
+
+
+@torch.no_grad()
+def init_weights(model: VideoMAE, generator: torch.Generator, *, head_scale: float) -> None:
+    """Draw all parameters as the official code does.
+
+    Linear layers truncated normal 0.02 with zero bias, the patch embedding as PyTorch draws a convolution,
+    the classifier truncated normal 0.02 times `head_scale`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and module is not model.head and module is not model.patch_embed:
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Block):
+            nn.init.zeros_(module.q_bias)
+            nn.init.zeros_(module.v_bias)
+    bound = 1 / math.sqrt(model.patch_embed.in_features)
+    nn.init.uniform_(model.patch_embed.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(model.patch_embed.bias, -bound, bound, generator=generator)
+    init_head(model, generator, head_scale=head_scale)
+
+
+@torch.no_grad()
+def init_head(model: VideoMAE, generator: torch.Generator, *, head_scale: float) -> None:
+    """Draw the classifier: truncated normal 0.02, zero bias, both times `head_scale`."""
+    nn.init.trunc_normal_(model.head.weight, std=0.02, generator=generator).mul_(head_scale)
+    nn.init.zeros_(model.head.bias)
+
+
+def empty_model(architecture: Architecture, num_classes: int, **options: float) -> VideoMAE:
+    """A model whose parameters are memory without values, to be loaded or drawn; its position table is right."""
+    with torch.device("meta"):
+        model = VideoMAE(architecture, num_classes, **options)
+    model.to_empty(device="cpu")
+    model._set_buffers()
+    return model
+
+
+def position_table(grids: Sequence[Grid], width: int) -> Tensor:
+    """Position table (N, D) float32 of the last grid, interpolated from grid to grid."""
+    table = sincos_table(math.prod(grids[0]), width)
+    for old, new in itertools.pairwise(grids):
+        table = interpolate_table(table, old, new)
+    return table
+
+
+def sincos_table(positions: int, width: int) -> Tensor:
+    """The fixed sine-cosine table (N, D) float32 of "Attention is all you need", over the flattened tokens."""
+    column = torch.arange(width, dtype=torch.float64, device="cpu")
+    row = torch.arange(positions, dtype=torch.float64, device="cpu")
+    angle = row[:, None] / 10000 ** (2 * (column // 2) / width)
+    angle[:, 0::2] = angle[:, 0::2].sin()
+    angle[:, 1::2] = angle[:, 1::2].cos()
+    return angle.float()
+
+
+def interpolate_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Stretch a table (N, D) from one grid (time, height, width) to another, as VideoMAEv2's fine-tuning does.
+
+    Bicubic in space, then linear in time, both without aligned corners. Equal grids give the table itself.
+    """
+    width = table.shape[1]
+    if old[1:] != new[1:]:
+        maps = table.view(*old, width).permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, size=new[1:], mode="bicubic", align_corners=False)
+        table = maps.permute(0, 2, 3, 1).reshape(-1, width)
+    if old[0] != new[0]:
+        rows = table.view(1, old[0], -1).transpose(1, 2)
+        rows = F.interpolate(rows, size=new[0], mode="linear", align_corners=False)
+        table = rows.transpose(1, 2).reshape(-1, width)
+    return table.contiguous()
