@@ -1,19 +1,33 @@
 """Clip augmentation on the device, whole batch at once.
 
-Parameters are drawn per sample on the CPU and stay in host memory (they are a few hundred bytes); the device sees only
-what it computes with. A clip's result depends on its own pixels and parameters alone, whatever batch it sits in.
+Parameters are drawn per sample on the CPU (:func:`draw_parameters`) and stay in host memory, where a batch is planned:
+which clips are flipped, which operation each clip has in each slot. The device only sees tensor operations on
+the clips concerned, and nothing waits for it. A clip's result depends on its own pixels and parameters alone,
+whatever batch it sits in. Order: flip, colour jitter, RandAugment, normalise, erase. The crop is drawn here and done
+while decoding; the VideoMAE recipe runs RandAugment before the crop, on the larger frame, we after it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vac_ddp.data import pixels, randaugment
+from vac_ddp.data.randaugment import Op
 from vac_ddp.settings import AugmentSettings
+
+CHUNK = {"cpu": 1}  # clips that one tensor operation takes on: what stays in a CPU's cache
+CHUNK_ELSEWHERE = 16  # bounds the memory of wide intermediates on a GPU
+
+ERASE_AREA = (0.02, 1 / 3)  # timm's defaults, which the VideoMAE recipe keeps
+ERASE_RATIO = (0.3, 1 / 0.3)
+
+Values = Sequence[float] | Tensor
 
 
 def draw_crop_box(
@@ -42,13 +56,85 @@ def draw_crop_box(
 def draw_parameters(
     rng: np.random.Generator, augment: AugmentSettings, *, frames: int, size: int
 ) -> dict[str, np.ndarray]:
-    """What happens to one clip of `frames` frames of `size` x `size` pixels, as arrays of fixed shapes."""
-    return {"flip": np.array(rng.random() < augment.flip, dtype=np.bool_)}
+    """What happens to one clip of `size` x `size` pixels, the same in all its `frames`, as arrays of fixed shapes.
+
+    S is 3 with colour jitter, plus the n of RandAugment. Where they are collated they gain a batch axis in front and
+    stay in host memory.
+
+    Returns
+    -------
+    flip : () bool
+    ops, values : (S,) int64, (S,) float32
+        Numbers of :class:`randaugment.Op` in order and what goes with each.
+    affine : (2, 3) float32
+        All geometric operations as one matrix for `Op.RESAMPLE`.
+    erase : (4,) int64
+        top, left, height, width of the erased rectangle, height 0: none.
+    erase_seed : () int64
+        What its noise is made from.
+
+    """
+    flip = rng.random() < augment.flip
+    ops: list[tuple[Op, float]] = []
+    if augment.color_jitter > 0:
+        jitter = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
+        factors = rng.uniform(max(0.0, 1 - augment.color_jitter), 1 + augment.color_jitter, size=3)
+        ops += [(jitter[i], float(factors[i])) for i in rng.permutation(3)]
+    spec = randaugment.parse(augment.randaugment)
+    if spec is not None:
+        ops += randaugment.draw(rng, spec)
+    ops, matrix = randaugment.compose(ops, size)
+    erase = draw_erase_box(rng, size) if rng.random() < augment.erase else (0, 0, 0, 0)
+    return {
+        "flip": np.array(flip, dtype=np.bool_),
+        "ops": np.array([op for op, _ in ops], dtype=np.int64),
+        "values": np.array([value for _, value in ops], dtype=np.float32),
+        "affine": matrix.astype(np.float32),
+        "erase": np.array(erase, dtype=np.int64),
+        "erase_seed": rng.integers(1 << 32, dtype=np.int64),
+    }
 
 
-def normalise(
-    clips: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, dtype: torch.dtype
-) -> Tensor:
+def draw_erase_box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
+    """A rectangle (top, left, height, width) of 2 % to 33 % of the area; ten tries, then an empty one (timm)."""
+    for _ in range(10):
+        area = size * size * rng.uniform(*ERASE_AREA)
+        ratio = math.exp(rng.uniform(math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < size and 0 < w < size:
+            return int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1)), h, w
+    return 0, 0, 0, 0
+
+
+def flip_guard(class_names: Sequence[str]) -> list[str]:
+    """The classes that mirroring may turn into another one, in the order given; empty where none is suspected.
+
+    A name is suspected for a word that tells sides or a sense of rotation apart (left, rightwards, clockwise, ...), or
+    for a short form of one (l, rh, ccw, west, ...) where the mirrored name is a class as well.
+    """
+    words = {name: _words(name) for name in class_names}
+    known = {tuple(parts) for parts in words.values()}
+    sided = re.compile(r"(left|right)(s|ward|wards|hand|handed|most|side)?|(anti|counter)?clockwise")
+
+    def suspected(parts: list[str]) -> bool:
+        if any(sided.fullmatch(part) for part in parts):
+            return True
+        mirrored = tuple(_MIRROR.get(part, part) for part in parts)
+        return mirrored != tuple(parts) and mirrored in known
+
+    return [name for name in class_names if suspected(words[name])]
+
+
+_PAIRS = (("l", "r"), ("lh", "rh"), ("lt", "rt"), ("cw", "ccw"), ("west", "east"), ("gauche", "droite"))
+_MIRROR = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+
+
+def _words(name: str) -> list[str]:
+    """`TurnLeft`, `turn_left` and `turn-left2` in lower-case words without digits."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def normalise(clips: Tensor, mean: Values, std: Values, dtype: torch.dtype) -> Tensor:
     """Clips (B, T, H, W, 3) uint8 as (B, T, 3, H, W) `dtype`: value / 255, minus `mean`, over `std` (3 values each)."""
     return _normalise_planar(clips.permute(0, 1, 4, 2, 3), mean, std, dtype)
 
@@ -58,21 +144,90 @@ def augment_clips(
     params: dict[str, Tensor],
     augment: AugmentSettings,
     *,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
+    mean: Values,
+    std: Values,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Augmented and normalised clips: (B, T, H, W, 3) uint8 -> (B, T, 3, H, W) `dtype`."""
-    flip = params["flip"].to(clips.device, non_blocking=True)
+    """Augmented and normalised clips.
+
+    Parameters
+    ----------
+    clips : (B, T, H, W, 3) uint8
+        On any device; not changed. B may be 0.
+    params : dict of tensors
+        Those of :func:`draw_parameters` with a batch axis in front, in host memory (elsewhere they are fetched, which
+        waits for the device). Other names are ignored.
+    augment : AugmentSettings
+        As given to :func:`draw_parameters`.
+    mean, std : 3 values each
+        As shares of 255.
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    (B, T, 3, H, W) of `dtype` on the device of `clips`.
+
+    """
+    if len(clips) == 0:
+        return normalise(clips, mean, std, dtype)
+    host = {name: params[name].cpu() for name in ("flip", "ops", "values", "affine", "erase", "erase_seed")}
     planar = clips.permute(0, 1, 4, 2, 3)
-    planar = torch.where(flip[:, None, None, None, None], planar.flip(-1), planar)
-    return _normalise_planar(planar, mean, std, dtype)
+    flipped = host["flip"].nonzero()[:, 0]
+    if len(flipped) or host["ops"].any():
+        planar = planar.clone(memory_format=torch.contiguous_format)
+    _apply(planar, flipped, lambda part, rows: part.flip(-1))
+    for slot in range(host["ops"].shape[1]):
+        for op in sorted(set(host["ops"][:, slot].tolist()) - {Op.NONE}):
+            rows = (host["ops"][:, slot] == op).nonzero()[:, 0]
+            _apply(planar, rows, _operation(Op(op), host["values"][:, slot], host["affine"], planar.device))
+    out = _normalise_planar(planar, mean, std, dtype)
+    if augment.erase > 0:
+        _erase(out, host["erase"].tolist(), host["erase_seed"].tolist())
+    return out
 
 
-def _normalise_planar(
-    planar: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, dtype: torch.dtype
-) -> Tensor:
-    mean = torch.as_tensor(mean, dtype=torch.float32).to(planar.device, non_blocking=True).view(3, 1, 1)
-    std = torch.as_tensor(std, dtype=torch.float32).to(planar.device, non_blocking=True).view(3, 1, 1)
-    pixels = planar.to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.mul_(1 / (255 * std)).sub_(mean / std).to(dtype)
+def _apply(planar: Tensor, rows: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace the clips `rows` (host, int64) of `planar` in place by what `operation(clips, rows)` makes of them."""
+    for part in rows.split(CHUNK.get(planar.device.type, CHUNK_ELSEWHERE)):
+        where = _to(part, planar.device)
+        planar.index_copy_(0, where, operation(planar.index_select(0, where), part))
+
+
+def _operation(op: Op, values: Tensor, affine: Tensor, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operation `op` as a function of clips and their row numbers; `values` (B,) and `affine` in host memory."""
+    measured = {Op.AUTOCONTRAST: pixels.autocontrast, Op.EQUALIZE: pixels.equalize}
+    enhanced = {Op.COLOR: pixels.color, Op.CONTRAST: pixels.contrast, Op.SHARPNESS: pixels.sharpness}
+    if op in measured:
+        return lambda clips, rows: measured[op](clips)
+    if op in enhanced:
+        return lambda clips, rows: enhanced[op](clips, _to(values[rows], device))
+    if op is Op.RESAMPLE:
+        return lambda clips, rows: pixels.resample(clips, _to(affine[rows], device))
+
+    def look_up(clips: Tensor, rows: Tensor) -> Tensor:
+        tables = np.stack([pixels.fixed_table(op, value) for value in values[rows].tolist()])
+        return pixels.lookup(clips, _to(torch.from_numpy(tables), device)[:, None, None])
+
+    return look_up
+
+
+def _erase(clips: Tensor, boxes: list[list[int]], seeds: list[int]) -> None:
+    """Put noise of mean 0 and deviation 1 into the boxes (top, left, height, width) of normalised clips, in place."""
+    t, c = clips.shape[1:3]
+    for clip, (top, left, height, width), seed in zip(clips, boxes, seeds, strict=True):
+        if height:
+            noise = pixels.normal_noise(seed, (t, c, height, width), clips.device)
+            clip[:, :, top : top + height, left : left + width] = noise
+
+
+def _normalise_planar(planar: Tensor, mean: Values, std: Values, dtype: torch.dtype) -> Tensor:
+    mean = _to(torch.as_tensor(mean, dtype=torch.float32), planar.device).view(3, 1, 1)
+    std = _to(torch.as_tensor(std, dtype=torch.float32), planar.device).view(3, 1, 1)
+    out = planar.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return out.mul_(1 / (255 * std)).sub_(mean / std).to(dtype)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting for it."""
+    return tensor.to(device, non_blocking=True)

@@ -25,6 +25,7 @@ def draw_mixing(rng: np.random.Generator, augment: AugmentSettings, *, size: int
         top, bottom, left, right of the box that cutmix pastes; empty for mixup.
     mix_cut : () bool
         Whether it is cutmix.
+
     """
     mixup, cutmix = augment.mixup > 0, augment.cutmix > 0
     keep, box, cut = 1.0, (0, 0, 0, 0), False
@@ -87,6 +88,7 @@ def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tens
     clips : (B, T, C, H, W), dtype as given
     keep : (B,) float32
         Share of the clip's own label, for :func:`soft_targets`.
+
     """
     device = clips.device
     partner = partner.to(device, non_blocking=True)
