@@ -1,0 +1,236 @@
+"""Which videos there are: their labels, frames and damage, from a folder, a CSV or a packed set, scanned once."""
+
+# ruff: noqa: PTH - paths stay text: a million Path objects cost more than the reads
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vac_ddp.data import scan as scanning
+from vac_ddp.data.frame_names import FrameNames, Texts
+from vac_ddp.data.index_file import read_scan, write_scan
+from vac_ddp.data.pack import PackedFrames, is_pack, read_pack
+from vac_ddp.data.scan import Scan, scan_root, unchanged
+from vac_ddp.errors import UserError
+from vac_ddp.files import write_text
+from vac_ddp.settings import DataSettings
+
+_NAMED = 5
+
+
+@dataclass(kw_only=True, eq=False)
+class Index:
+    """V videos and where their frames are. Safe to fork and to pickle; reading is safe from many threads."""
+
+    root: Path  # as it was asked for
+    classes: list[str]  # class index -> name
+    labels: np.ndarray  # (V,) int64, -1 where there are no labels
+    names: Texts  # (V,) "class/video", "video", or the path of a CSV line: unique
+    frames: FrameNames
+    frame_counts: np.ndarray  # (V,) int64; 0 for a test video without frames
+    notes: list[str] = field(default_factory=list)  # what the user should know, one line each
+    skipped: list[str] = field(default_factory=list)  # names of the videos that were left out
+    damaged: int = 0  # damaged frames that the scan met: a lower bound
+    base: str = ""
+    packed: PackedFrames | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def frame_name(self, video: int, frame: int) -> str:
+        """The frame's file name behind the video's name: "class/video/0001.jpg"."""
+        return f"{self.names[video]}/{self.frames.name(video, frame)}"
+
+    def frame_bytes(self, video: int, frame: int) -> bytes:
+        """The frame's file as it is on the disk. Raises OSError where it cannot be read."""
+        if self.packed is not None:
+            return self.packed.read(video, frame)
+        path = os.path.join(self.base, self.names[video])
+        with open(f"{path}/{self.frames.name(video, frame)}", "rb", buffering=0) as stream:
+            return stream.read()
+
+    def take(self, videos: np.ndarray) -> Index:
+        """The index of the videos of the numbers `videos` (n,) int64 only."""
+        return Index(
+            root=self.root,
+            classes=self.classes,
+            labels=self.labels[videos],
+            names=self.names.take(videos),
+            frames=self.frames.take(videos),
+            frame_counts=self.frame_counts[videos],
+            notes=list(self.notes),
+            skipped=list(self.skipped),
+            damaged=self.damaged,
+            base=self.base,
+            packed=None if self.packed is None else self.packed.take(videos),
+        )
+
+
+def open_index(
+    root: str | Path,
+    *,
+    labelled: bool,
+    settings: DataSettings,
+    classes: list[str] | None = None,
+    scan: bool = True,
+    cache_file: str | Path | None = None,
+) -> Index:
+    """The index of a labelled folder <class>/<video>/*.jpg, a test folder <video>/*.jpg, a CSV, or a packed set.
+
+    The scan is kept under `settings.cache` and used again while the tree is unchanged. With several ranks, rank 0
+    calls first and the others, after a barrier, with `scan=False`: they read what it wrote and look at nothing
+    else. `cache_file` is one more copy in a place that all ranks see, where the cache folder is not shared.
+
+    `classes`: the labels are by these names (validation data of a model that has them). Every test video is in
+    the index, whatever its state. Raises UserError for anything the user must change, in one line.
+    """
+    root = Path(root).expanduser()
+    if is_pack(root):
+        found, packed = read_pack(root, labelled=labelled)
+    else:
+        found, packed = _cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file), None
+    index = Index(
+        root=root,
+        classes=found.classes,
+        labels=found.labels,
+        names=found.names,
+        frames=found.frames,
+        frame_counts=found.frames.counts,
+        notes=_stray_notes(root, found),
+        damaged=int(found.damaged.sum()),
+        base=found.base,
+        packed=packed,
+    )
+    if not labelled:
+        return _checked_test(index, found)
+    _check_classes(index, classes)
+    if classes is not None:
+        number = {name: i for i, name in enumerate(classes)}
+        index.labels = np.array([number[name] for name in index.classes], np.int64)[index.labels]
+        index.classes = list(classes)
+    return _without_bad(index, found, settings)
+
+
+def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path:
+    """Where the scan of `root` is kept."""
+    folder = Path(settings.cache).expanduser() if settings.cache else Path.home() / ".cache" / "vac_ddp"
+    where = os.path.realpath(root)
+    key = hashlib.sha256(f"{where}\n{labelled}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return folder / f"index-{key}.npz"
+
+
+def _cached_scan(
+    root: Path, *, labelled: bool, settings: DataSettings, scan: bool, cache_file: str | Path | None
+) -> Scan:
+    default = cache_path(root, labelled=labelled, settings=settings)
+    places = [default] if cache_file is None else [Path(cache_file), default]
+    for place in places:
+        stored = read_scan(place)
+        if stored is not None and (not scan or unchanged(stored, every=settings.rescan)):
+            if scan:
+                _keep(stored, [other for other in places if other != place and not other.exists()], cache_file)
+            return stored
+    if not scan:
+        raise UserError(f"no index of {root} at {places[0]}: rank 0 must have written it to a folder all ranks see")
+    found = scan_root(root, labelled=labelled)
+    _keep(found, places, cache_file)
+    return found
+
+
+def _keep(found: Scan, places: Sequence[Path], needed: str | Path | None) -> None:
+    """Write the scan to `places`; only the one that other ranks wait for must succeed."""
+    for place in places:
+        try:
+            write_scan(place, found)
+        except OSError as error:
+            if needed is not None and place == Path(needed):
+                raise UserError(f"cannot write the index to {place}: {error.strerror}") from error
+
+
+def _stray_notes(root: Path, found: Scan) -> list[str]:
+    strays = found.strays
+    notes = []
+    if strays.stray:
+        some = ", ".join(strays.examples)
+        notes.append(f"{root}: {strays.stray} files or folders are no frames and were left alone ({some})")
+    if strays.hidden:
+        notes.append(f"{root}: {strays.hidden} hidden files or folders were left alone")
+    return notes
+
+
+def _checked_test(index: Index, found: Scan) -> Index:
+    if not index.frame_counts.any():
+        raise UserError(f"none of the {len(index)} folders of {index.root} has frames in it: expected <video>/*.jpg")
+    bad = np.flatnonzero(found.states != scanning.GOOD)
+    if len(bad):
+        index.notes.append(f"{index.root}: {len(bad)} of {len(index)} test videos have no frames: {_named(found, bad)}")
+    return index
+
+
+def _check_classes(index: Index, classes: list[str] | None) -> None:
+    counts = np.bincount(index.labels, minlength=len(index.classes))
+    hollow = [name for name, count in zip(index.classes, counts, strict=True) if not count]
+    if classes is not None:
+        strange = [name for name in index.classes if name not in set(classes)]
+        if strange:
+            raise UserError(
+                f"{index.root} has {len(strange)} classes that training does not know ({', '.join(strange[:_NAMED])}): "
+                "rename or remove them"
+            )
+        return
+    if hollow:
+        raise UserError(
+            f"{len(hollow)} classes of {index.root} have no videos ({', '.join(hollow[:_NAMED])}): "
+            "put <video>/ folders with frames into them, or remove them"
+        )
+    if len(index.classes) < 2:
+        raise UserError(f"{index.root} has a single class ({index.classes[0]}): a classifier needs at least two")
+
+
+def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
+    """Refuse videos without a good frame, or leave them out where the user said so and they are few."""
+    bad = np.flatnonzero(found.states != scanning.GOOD)
+    if len(bad) and settings.on_bad_video == "error":
+        raise UserError(
+            f"{len(bad)} of {len(index)} videos of {index.root} cannot be used: {_named(found, bad)}"
+            f"{_whole_list(index, found, bad, settings)}; repair or remove them, or set data.on_bad_video=skip"
+        )
+    share = max(len(bad) / len(index), index.damaged / max(1, int(index.frame_counts.sum())))
+    if share > settings.max_damaged:
+        raise UserError(
+            f"{share:.1%} of {index.root} is damaged ({len(bad)} of {len(index)} videos without a good frame, "
+            f"{index.damaged} damaged frames met): repair it, or raise data.max_damaged (now {settings.max_damaged:g})"
+        )
+    if not len(bad):
+        return index
+    kept = index.take(np.flatnonzero(found.states == scanning.GOOD))
+    kept.skipped = [index.names[i] for i in bad]
+    kept.notes.append(f"{index.root}: {len(bad)} of {len(index)} videos were left out: {_named(found, bad)}")
+    gone = np.setdiff1d(index.labels, kept.labels)
+    if len(gone):
+        raise UserError(f"no video of class {index.classes[int(gone[0])]} in {index.root} has a frame that decodes")
+    return kept
+
+
+def _named(found: Scan, bad: np.ndarray) -> str:
+    some = ", ".join(f"{found.names[i]} ({scanning.STATES[found.states[i]]})" for i in bad[:_NAMED])
+    return some + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+
+
+def _whole_list(index: Index, found: Scan, bad: np.ndarray, settings: DataSettings) -> str:
+    """Where more are bad than one line can name: write all of them down, and say where."""
+    if len(bad) <= _NAMED:
+        return ""
+    path = cache_path(index.root, labelled=True, settings=settings).with_suffix(".bad.txt")
+    lines = [f"{found.names[i]}\t{scanning.STATES[found.states[i]]}\n" for i in bad]
+    try:
+        write_text(path, "".join(lines).encode("utf-8", "replace").decode())
+    except OSError:
+        return ""
+    return f" (all are listed in {path})"

@@ -1,0 +1,338 @@
+"""One pass over a tree of frame folders, or over the folders a CSV names: what is there, as arrays."""
+
+# ruff: noqa: PTH - paths stay text: a million Path objects cost more than the reads
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vac_ddp.data.frame_names import FrameNames, Run, Texts, join_frames, natural_key, pack_runs, runs_of
+from vac_ddp.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg")
+GOOD, EMPTY, MISSING, UNREADABLE, DAMAGED = range(5)
+STATES = ("good", "no frames in it", "no such folder", "cannot be read", "no frame decodes")
+
+_LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}  # what systems leave behind
+_THREADS = 16  # listing waits for the file system, decoding releases the GIL
+_CHUNK = 64
+_EXAMPLES = 5
+_FRESH_NS = 2_000_000_000  # a folder changed this shortly before it was read may change again unseen
+
+
+@dataclass(kw_only=True)
+class Strays:
+    """What lay in the tree and is no frame."""
+
+    hidden: int = 0
+    stray: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: Strays) -> None:
+        """Count the finds of `other` as well."""
+        self.hidden += other.hidden
+        self.stray += other.stray
+        self.examples = (self.examples + other.examples)[:_EXAMPLES]
+
+    def see(self, path: str) -> None:
+        """Count one stray file or folder."""
+        self.stray += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(path)
+
+
+@dataclass(kw_only=True, eq=False)
+class Scan:
+    """What one pass found. V videos; classes are in index order and may have no videos."""
+
+    base: str  # the folder that `names` are relative to
+    classes: list[str]
+    labels: np.ndarray  # (V,) int64, -1 where there are no labels
+    names: Texts  # (V,) "class/video", "video" or the path of a CSV line
+    frames: FrameNames
+    states: np.ndarray  # (V,) uint8: GOOD, EMPTY, MISSING, UNREADABLE, DAMAGED
+    damaged: np.ndarray  # (V,) int64: damaged frames that were met before a good one
+    times: np.ndarray  # (V,) int64: mtime of the video's folder in ns; -1 missing, 0 too fresh to trust
+    watched: dict[str, int]  # folders above the videos, and the CSV -> mtime in ns
+    strays: Strays
+
+
+def scan_root(root: Path, *, labelled: bool) -> Scan:
+    """Scan a folder of frames or a CSV. Labelled videos are checked to have a frame that decodes.
+
+    Raises UserError where there is nothing to scan: no such folder, no videos, a CSV line without path or label.
+    """
+    if root.is_dir():
+        return _scan_folder(root, labelled=labelled)
+    if root.is_file():
+        if root.suffix.lower() != ".csv":
+            raise UserError(
+                f"{root} is a file and no CSV: give a folder of frames, a packed set, or a CSV (path,label)"
+            )
+        return _scan_csv(root, labelled=labelled)
+    raise UserError(f"no such folder: {root} (expected {_layout(labelled)}, a packed set, or a CSV)")
+
+
+def _layout(labelled: bool) -> str:
+    return "<class>/<video>/*.jpg" if labelled else "<video>/*.jpg"
+
+
+def _scan_folder(root: Path, *, labelled: bool) -> Scan:
+    started, base, strays = time.time_ns(), os.path.realpath(root), Strays()
+    top, files = _folders_in(base, "", strays)
+    if not top:
+        raise UserError(f"{root} has no folders in it{_instead(files)}: expected {_layout(labelled)}")
+    watched = {"": _trusted(os.stat(base).st_mtime_ns, started)}
+    if not labelled:
+        names = sorted(top, key=natural_key)
+        return _scan_videos(base, [], np.full(len(names), -1, np.int64), names, watched, strays, started, check=False)
+    classes = class_order(top)
+    names, labels = [], []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for label, (mtime, videos, loose, seen) in enumerate(pool.map(lambda name: _scan_class(base, name), classes)):
+            if not videos and loose:
+                raise UserError(
+                    f"class {classes[label]} of {root} has no videos{_instead(loose)}: expected {_layout(True)}"
+                )
+            watched[classes[label]] = _trusted(mtime, started)
+            strays.add(seen)
+            names += [f"{classes[label]}/{video}" for video in sorted(videos, key=natural_key)]
+            labels += [label] * len(videos)
+    return _scan_videos(base, classes, np.array(labels, np.int64), names, watched, strays, started, check=True)
+
+
+def class_order(names: Sequence[str]) -> list[str]:
+    """Class names in index order: by value where all are whole numbers, else as text (as `sorted` does)."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _scan_class(base: str, name: str) -> tuple[int, list[str], list[str], Strays]:
+    strays = Strays()
+    mtime = os.stat(os.path.join(base, name)).st_mtime_ns
+    videos, loose = _folders_in(base, name, strays)
+    return mtime, videos, loose, strays
+
+
+def _folders_in(base: str, below: str, strays: Strays) -> tuple[list[str], list[str]]:
+    """Names of the folders in base/below, and of the files there; hidden ones are counted only."""
+    folders, files = [], []
+    try:
+        with os.scandir(os.path.join(base, below)) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in _LEFTOVERS:
+                    strays.hidden += 1
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                else:
+                    files.append(entry.name)
+                    strays.see(os.path.join(below, entry.name))
+    except OSError as error:
+        raise UserError(f"cannot read the folder {os.path.join(base, below)}: {error.strerror}") from error
+    return folders, files
+
+
+def _instead(files: list[str]) -> str:
+    if any(name.lower().endswith(VIDEO_SUFFIXES) for name in files):
+        return " but video files (cut them into frames with `vac extract` first)"
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
+        return " but images (one folder level is missing)"
+    return ""
+
+
+def _scan_csv(path: Path, *, labelled: bool) -> Scan:
+    started = time.time_ns()
+    watched = {os.path.realpath(path): _trusted(path.stat().st_mtime_ns, started)}
+    names, texts = _read_csv(path, labelled=labelled)
+    classes = class_order(list(set(texts))) if labelled else []
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[text] for text in texts] if labelled else [-1] * len(names), np.int64)
+    base = os.path.realpath(path.parent)
+    return _scan_videos(base, classes, labels, names, watched, Strays(), started, check=labelled)
+
+
+def _read_csv(path: Path, *, labelled: bool) -> tuple[list[str], list[str]]:
+    """The columns path and label of a CSV; paths in their shortest form, labels empty where not asked for."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    wanted = ["path", "label"] if labelled else ["path"]
+    lacking = [column for column in wanted if column not in (reader.fieldnames or [])]
+    if lacking:
+        raise UserError(
+            f"{path} has no column {' and no column '.join(lacking)}: its first line must be {','.join(wanted)}"
+        )
+    names, labels, seen = [], [], {}
+    for row in reader:
+        for column in wanted:
+            if not (row[column] or "").strip():
+                raise UserError(f"{path} line {reader.line_num} has no {column}: every line needs {','.join(wanted)}")
+        name = os.path.normpath(row["path"].strip())
+        if name in seen:
+            raise UserError(
+                f"{path} line {reader.line_num} names {name} again (first on line {seen[name]}): remove one"
+            )
+        seen[name] = reader.line_num
+        names.append(name)
+        labels.append(row["label"].strip() if labelled else "")
+    if not names:
+        raise UserError(f"{path} lists no videos: it needs lines with {','.join(wanted)}")
+    return names, labels
+
+
+def _scan_videos(
+    base: str,
+    classes: list[str],
+    labels: np.ndarray,
+    names: list[str],
+    watched: dict[str, int],
+    strays: Strays,
+    started: int,
+    *,
+    check: bool,
+) -> Scan:
+    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
+    frames, facts = [], []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for packed, rows, seen in pool.map(lambda chunk: _scan_chunk(base, chunk, check=check), chunks):
+            frames.append(packed)
+            facts.append(rows)
+            strays.add(seen)
+    table = np.concatenate([np.zeros((0, 3), np.int64), *facts])
+    return Scan(
+        base=base,
+        classes=classes,
+        labels=labels,
+        names=Texts.of(names),
+        frames=join_frames(frames),
+        states=table[:, 0].astype(np.uint8),
+        damaged=table[:, 1].copy(),
+        times=np.where(table[:, 2] > started - _FRESH_NS, 0, table[:, 2]),
+        watched=watched,
+        strays=strays,
+    )
+
+
+def _scan_chunk(base: str, names: list[str], *, check: bool) -> tuple[FrameNames, np.ndarray, Strays]:
+    """Frames of some videos, and rows (state, damaged frames, mtime)."""
+    runs: list[list[Run]] = []
+    rows, strays = [], Strays()
+    for name in names:
+        folder = os.path.join(base, name)
+        found: list[str] = []
+        state, damaged, mtime = GOOD, 0, -1
+        try:
+            mtime = os.stat(folder).st_mtime_ns
+            found = _frames_in(folder, name, strays)
+        except (FileNotFoundError, NotADirectoryError):
+            state = MISSING
+        except OSError:
+            state = UNREADABLE
+        runs.append(runs_of(found))
+        if state == GOOD and not found:
+            state = EMPTY
+        if state == GOOD and check:
+            order = sorted(found, key=natural_key) if len(runs[-1]) > 1 else found
+            damaged = bad_frames_before_good(lambda i, order=order, folder=folder: _read(folder, order[i]), len(found))
+            state = DAMAGED if damaged == len(found) else GOOD
+        rows.append((state, damaged, mtime))
+    return pack_runs(runs), np.array(rows, np.int64).reshape(-1, 3), strays
+
+
+def _frames_in(folder: str, name: str, strays: Strays) -> list[str]:
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name in _LEFTOVERS:
+                strays.hidden += 1
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
+                found.append(entry.name)
+            else:
+                strays.see(f"{name}/{entry.name}")
+    return found
+
+
+def _read(folder: str, name: str) -> bytes:
+    with open(f"{folder}/{name}", "rb", buffering=0) as stream:
+        return stream.read()
+
+
+def bad_frames_before_good(read: Callable[[int], bytes], frames: int) -> int:
+    """How many frames, from the first on, are damaged before one decodes; `frames` if none does."""
+    for i in range(frames):
+        try:
+            if decodes(read(i)):
+                return i
+        except OSError:
+            continue
+    return frames
+
+
+def decodes(data: bytes) -> bool:
+    """Whether these bytes are a whole image."""
+    from PIL import Image
+
+    if data[:2] == b"\xff\xd8":
+        import simplejpeg
+
+        try:
+            simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)  # reads all of it, at 1/8 of the size
+            return True
+        except ValueError:
+            pass  # Pillow reads more kinds
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+        return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _trusted(mtime: int, started: int) -> int:
+    """The mtime, or 0 (which no folder has) where it is too fresh to notice a later change by it."""
+    return 0 if mtime > started - _FRESH_NS else mtime
+
+
+def unchanged(scan: Scan, *, every: bool, sample: int = 256) -> bool:
+    """Whether the tree still is as `scan` saw it: its folders, and a sample of the videos, or every one.
+
+    The sample is another one each time. Videos that were bad are looked at again in any case.
+    """
+    if any(mtime_of(os.path.join(scan.base, path)) != mtime for path, mtime in scan.watched.items()):
+        return False
+    count = len(scan.names)
+    some = (
+        np.arange(count) if every or count <= sample else np.random.default_rng().choice(count, sample, replace=False)
+    )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        now = list(pool.map(lambda i: mtime_of(os.path.join(scan.base, scan.names[i])), some.tolist(), chunksize=64))
+        if not np.array_equal(np.array(now, np.int64), scan.times[some]):
+            return False
+        bad = np.flatnonzero(np.isin(scan.states, (UNREADABLE, DAMAGED))).tolist()
+        return all(pool.map(lambda i: _still_bad(scan, i), bad))
+
+
+def mtime_of(path: str) -> int:
+    """The mtime of a folder or file in ns, -1 where there is none."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _still_bad(scan: Scan, video: int) -> bool:
+    folder = os.path.join(scan.base, scan.names[video])
+    if scan.states[video] == UNREADABLE:
+        return not os.access(folder, os.R_OK | os.X_OK)
+    names = scan.frames.names(video)
+    return bad_frames_before_good(lambda i: _read(folder, names[i]), len(names)) == len(names)
