@@ -1,0 +1,205 @@
+"""submission.csv: every test video once, by the notebook's rule or after a given sample file, or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vac_ddp.errors import UserError
+from vac_ddp.files import write_atomic
+from vac_ddp.metrics import log_softmax
+
+HEADER = ("id", "class")
+_CELL = re.compile(r'[ \t]*"(?:[^"]|"")*"[ \t]*|[^,\r\n]*')
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+def written_id(name: str) -> str:
+    """The id of a test folder: a number without its leading zeros (00015 -> 15), any other name as it is."""
+    return str(int(name)) if is_number(name) else name
+
+
+def is_number(name: str) -> bool:
+    """Whether a name is made of ASCII digits alone."""
+    return name.isascii() and name.isdigit()
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts clip2 before clip10: runs of digits compare as numbers, and come before text."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return tuple((0, int(p), p) if p[0] in "0123456789" else (1, 0, p) for p in parts)
+
+
+def submission_text(names: Sequence[str], answers: Sequence[str]) -> str:
+    """The file as the notebook writes it: `id,class`, numbers in numeric order, then other names in natural order.
+
+    Fields are quoted only where they must be. Two names that give one id (1 and 01) are a UserError.
+    """
+    answer_of = _by_id(names, answers)
+    rows = [HEADER, *((name, answer_of[name]) for name in sorted(answer_of, key=natural_key))]
+    return "".join(",".join(map(quoted, row)) + "\n" for row in rows)
+
+
+def submission_after(sample: str, names: Sequence[str], answers: Sequence[str], *, where: str = "sample file") -> str:
+    """The sample file with its class cells replaced: its header, ids, order, quotes, line ends and other columns stay.
+
+    The id column is the one headed `id` (else the first), the class column the one headed `class` or `label` (else the
+    second). Ids are compared as numbers where they are numbers (15 is the folder 00015). Whatever is not answered
+    exactly once is a UserError: an id that is no test video, a test video that has no row, an id given twice.
+    """
+    answer_of = _by_id(names, answers)
+    records = parse(sample)
+    filled = [record for record in records if len(record.cells) > 1 or record.cells[0].strip("\ufeff \t")]
+    if not filled:
+        raise UserError(f"{where} is empty: expected a header and a row for every test video")
+    header = [unquoted(cell) for cell in filled[0].cells]
+    id_column, class_column = _columns(header, where)
+    seen: dict[str, int] = {}
+    unknown: list[str] = []
+    for record in filled[1:]:
+        if len(record.cells) != len(header):
+            raise UserError(f"{where}, line {record.line}: {len(record.cells)} fields, the header has {len(header)}")
+        given = unquoted(record.cells[id_column])
+        key = written_id(given)
+        if key in seen:
+            raise UserError(f"{where}: the id {given!r} is on line {seen[key]} and again on line {record.line}")
+        seen[key] = record.line
+        if key not in answer_of:
+            unknown.append(given)
+            continue
+        record.cells[class_column] = _like(record.cells[class_column], answer_of[key])
+    missing = [name for name in sorted(answer_of, key=natural_key) if name not in seen]
+    if unknown:
+        raise UserError(f"{where} asks for {_few(unknown)}, which the test data does not have")
+    if missing:
+        raise UserError(f"{where} has no row for {_few(missing)} of the test data")
+    return "".join(",".join(record.cells) + record.end for record in records)
+
+
+def write_submission(
+    path: str | Path, names: Sequence[str], answers: Sequence[str], *, sample: str | Path | None = None
+) -> None:
+    """Check everything, then write submission.csv atomically (UTF-8; a byte-order mark only if the sample has one)."""
+    if sample is None:
+        data = submission_text(names, answers).encode("utf-8")
+    else:
+        data = submission_after(read_sample(sample), names, answers, where=str(sample)).encode("utf-8")
+    write_atomic(path, lambda stream: stream.write(data))
+
+
+def read_sample(path: str | Path) -> str:
+    """The text of a sample file with every byte kept; UserError if it is not there or not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the sample file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the sample file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def quoted(text: str) -> str:
+    """`text` as a CSV field, in quotes only where it must be."""
+    if re.search(r'[",\r\n]', text) or text != text.strip() or text == "":
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def unquoted(cell: str) -> str:
+    """The value of a raw CSV cell."""
+    text = cell.strip().removeprefix("\ufeff")
+    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+@dataclass
+class Record:
+    """One line of a CSV file, its cells exactly as written; `end` is its line end ("" at the end of the file)."""
+
+    cells: list[str]
+    end: str
+    line: int
+
+
+def parse(text: str) -> list[Record]:
+    """Cut CSV text into records without losing a character: joining cells by commas and ends gives it back."""
+    records, cells, place, line = [], [], 0, 1
+    while place < len(text) or cells:
+        match = _CELL.match(text, place)
+        cell = match.group() if match else ""
+        place += len(cell)
+        if place < len(text) and text[place] not in ",\r\n":
+            raise UserError(f"line {line} of the sample file: a quote that does not end a field")
+        cells.append(cell)
+        if place < len(text) and text[place] == ",":
+            place += 1
+            continue
+        end = _LINE_END.match(text, place)
+        records.append(Record(cells, end.group() if end else "", line))
+        place = end.end() if end else place
+        line += 1 + sum(cell.count("\n") for cell in cells)
+        cells = []
+    return records
+
+
+def _by_id(names: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
+    if len(names) != len(answers):
+        raise ValueError(f"{len(answers)} answers for {len(names)} videos")
+    if not names:
+        raise UserError("no test videos: a submission would be empty")
+    first: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for name, answer in zip(names, answers, strict=True):
+        key = written_id(name)
+        if key in found:
+            raise UserError(f"the test videos {first[key]!r} and {name!r} would both be id {key}: rename one of them")
+        first[key], found[key] = name, answer
+    return found
+
+
+def _columns(header: list[str], where: str) -> tuple[int, int]:
+    names = [cell.lower() for cell in header]
+    if len(names) < 2:
+        raise UserError(f"{where}: expected a header like id,class with commas, found {header[0]!r}")
+    id_column = names.index("id") if "id" in names else 0
+    answer = next((names.index(name) for name in ("class", "label") if name in names), None)
+    if answer is None:
+        answer = 1 if id_column != 1 else 0
+    return id_column, answer
+
+
+def _like(cell: str, value: str) -> str:
+    """`value` with the quotes and blanks around it that `cell` has."""
+    inner = cell.strip(" \t")
+    if not inner:
+        return quoted(value)
+    before, _, after = cell.partition(inner)
+    always = len(inner) > 1 and inner[0] == inner[-1] == '"'
+    return before + ('"' + value.replace('"', '""') + '"' if always else quoted(value)) + after
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    what = "the id" if len(names) == 1 else f"{len(names)} ids:"
+    return f"{what} {shown}" + (", ..." if len(names) > most else "")
+
+
+def scores_text(names: Sequence[str], scores: np.ndarray, classes: Sequence[str], *, top: int = 5) -> str:
+    """A table of the best classes: id, class and confidence, then the second to the `top`-th and theirs.
+
+    scores: (V, K) logits; confidences are their softmax. Rows as `submission_text` orders them.
+    """
+    top = min(top, len(classes))
+    header = ["id", "class", "confidence"]
+    header += [f"{what}_{place}" for place in range(2, top + 1) for what in ("class", "confidence")]
+    lines = [",".join(header)]
+    shares = np.exp(log_softmax(scores))
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+    for row in sorted(range(len(names)), key=lambda i: natural_key(written_id(names[i]))):
+        cells = [quoted(written_id(names[row]))]
+        for number in order[row].tolist():
+            cells += [quoted(classes[number]), f"{shares[row, number]:.6f}"]
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"

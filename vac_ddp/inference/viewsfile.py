@@ -1,0 +1,147 @@
+"""The views file: what a model said about every view of every video. Read by numpy alone, `np.load(path)`, no pickle.
+
+    logits   (V, n, K) float32   before any softmax, one row a view; V videos, n views each, K classes
+    ids      (V,) text           the video's name in the data ("00012", "wave/clip_3"), in the data's order
+    labels   (V,) int64          class number, -1 where it is not known
+    sources  (V,) text           where the video was cut from, empty where it is not known
+    damaged  (V,) int64          frames of the scored clips that could not be read
+    failed   (V,) bool           nothing could be read: the row holds the logarithm of the class prior
+    views    (n, 3) int64        window, crop, mirrored (0 or 1) of each view
+    classes  (K,) text           class names
+    about    () text             JSON: format, weights (SHA-256), settings, versions
+
+A zip of .npy files as `np.savez` writes it, with fixed dates: the same content gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vac_ddp.errors import UserError
+from vac_ddp.files import write_atomic
+
+NAME = "views.npz"
+FORMAT = 1
+VIEW_COLUMNS = ("window", "crop", "flip")
+
+
+@dataclass(kw_only=True)
+class ViewsHead:
+    """All of a views file but its logits."""
+
+    ids: list[str]
+    classes: list[str]
+    views: np.ndarray
+    labels: np.ndarray
+    sources: list[str]
+    damaged: np.ndarray
+    failed: np.ndarray
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Views(ViewsHead):
+    """A whole views file; shapes and meaning as in the module's head."""
+
+    logits: np.ndarray
+    path: Path | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any video has a label."""
+        return bool((self.labels >= 0).any())
+
+
+def write_views(path: str | Path, head: ViewsHead, chunks: Iterable[np.ndarray]) -> None:
+    """Write a views file atomically; `chunks` are (c, n, K) float32 blocks of the logits, in the order of `ids`.
+
+    Only one chunk is in memory at a time. Raises ValueError if the chunks do not add up to the ids.
+    """
+    shape = (len(head.ids), len(head.views), len(head.classes))
+
+    def write(stream: BinaryIO) -> None:
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open(_member("logits"), "w", force_zip64=True) as member:
+                _write_logits(member, shape, chunks)
+            for name, value in _small_arrays(head).items():
+                with archive.open(_member(name), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, value, allow_pickle=False)
+
+    write_atomic(path, write)
+
+
+def read_views(path: str | Path) -> Views:
+    """Read a views file, or the one in a folder of predictions. UserError if there is none, or no good one."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / NAME
+    if not path.exists():
+        raise UserError(f"no views file at {path}: `vac predict` writes one")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            values = {name: stored[name] for name in stored.files}
+        about = json.loads(str(values["about"]))
+        views = Views(
+            logits=values["logits"],
+            ids=values["ids"].tolist(),
+            classes=values["classes"].tolist(),
+            views=values["views"],
+            labels=values["labels"],
+            sources=values["sources"].tolist(),
+            damaged=values["damaged"],
+            failed=values["failed"],
+            about=about,
+            path=path,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no views file, or is damaged ({error}): predict it anew") from None
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path} has views format {about.get('format')!r}, this version reads {FORMAT}")
+    shape = (len(views.ids), len(views.views), len(views.classes))
+    if views.logits.shape != shape or views.labels.shape != shape[:1] or views.views.shape[1:] != (3,):
+        raise UserError(f"{path}: logits {views.logits.shape} do not fit {shape} (videos, views, classes)")
+    return views
+
+
+def _small_arrays(head: ViewsHead) -> dict[str, np.ndarray]:
+    about = {"format": FORMAT, **head.about}
+    return {
+        "ids": _text(head.ids),
+        "labels": np.asarray(head.labels, np.int64),
+        "sources": _text(head.sources),
+        "damaged": np.asarray(head.damaged, np.int64),
+        "failed": np.asarray(head.failed, np.bool_),
+        "views": np.asarray(head.views, np.int64),
+        "classes": _text(head.classes),
+        "about": np.array(json.dumps(about, ensure_ascii=False, sort_keys=True)),
+    }
+
+
+def _text(values: Sequence[str]) -> np.ndarray:
+    return np.array(list(values), dtype=np.str_) if len(values) else np.zeros(0, dtype="<U1")
+
+
+def _write_logits(stream: Any, shape: tuple[int, int, int], chunks: Iterable[np.ndarray]) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(stream, header)
+    rows = 0
+    for chunk in chunks:
+        if chunk.shape[1:] != shape[1:]:
+            raise ValueError(f"a chunk of shape {chunk.shape} in a views file of shape {shape}")
+        stream.write(np.ascontiguousarray(chunk, "<f4").tobytes())
+        rows += len(chunk)
+    if rows != shape[0]:
+        raise ValueError(f"{rows} rows of logits for {shape[0]} videos")
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    info.external_attr = 0o644 << 16
+    return info
