@@ -1,0 +1,356 @@
+"""Bytes of image files in, uint8 clips out: decode, crop, resize, and what to do with a damaged frame.
+
+JPEGs are decoded by libjpeg-turbo (simplejpeg) into one buffer, everything else by Pillow; crop and resize are one
+antialiased resampling in uint8 over many frames at once. There is no float image.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFile, ImageOps
+
+_Made = TypeVar("_Made")
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+MAX_PIXELS = 50_000_000  # more are never decoded: a JPEG is reduced to less, other formats are refused
+REDUCTIONS = (8, 4, 2)  # what libjpeg decodes at little cost (Wallace's DCT, scaled in the frequency domain)
+CHUNK_BYTES = 4 << 20  # decoded frames kept for one resampling; measured: more leaves the caches, less pays for calls
+
+
+class DamagedFrame(Exception):
+    """A frame that cannot be decoded as a whole; the message is a short reason."""
+
+
+class NoFrame(Exception):
+    """A video of which no frame at all can be decoded; `damaged` has every frame's reason."""
+
+    def __init__(self, damaged: dict[int, str]) -> None:
+        super().__init__(f"none of {len(damaged)} frames can be decoded")
+        self.damaged = damaged
+
+
+def decode_frame(
+    data: bytes, *, factor: int = 1, tolerant: bool = False, buffer: np.ndarray | None = None
+) -> np.ndarray:
+    """Decode an image file to upright RGB, (H, W, 3) uint8.
+
+    Parameters
+    ----------
+    data : bytes
+        JPEG of any kind, PNG, WebP or what else Pillow reads; told by its content. Grey, palette, CMYK and 16-bit
+        images become 8-bit RGB (16 bits keep their upper 8), transparency is left out, an EXIF orientation is
+        applied, of an animation the first image counts.
+    factor : 1, 2, 4 or 8
+        Decode a JPEG at 1/factor of its size, rounded up. A frame of more than `MAX_PIXELS` is reduced further.
+    tolerant : bool
+        Take what can be decoded of a file that is cut off or corrupt; the rest of the picture is grey or black.
+    buffer : uint8 array, optional
+        Where the pixels go if they fit; the result is then a view of it.
+
+    Raises
+    ------
+    DamagedFrame
+        The file is empty, no image, damaged (or, tolerant, nothing of it decodes), or too large.
+
+    """
+    if not data:
+        raise DamagedFrame("empty file")
+    try:
+        if data[:2] != b"\xff\xd8":
+            return _decode_pillow(data, factor, tolerant)
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        if colour in ("CMYK", "YCCK"):
+            return _decode_pillow(data, factor, tolerant)
+        return _decode_jpeg(data, _bounded_factor(height, width, factor), height, width, tolerant, buffer)
+    except (DamagedFrame, MemoryError):
+        raise
+    except Exception as error:  # decoders raise a dozen kinds, up to struct.error and SyntaxError
+        raise DamagedFrame(_reason(error)) from error
+
+
+def frame_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an image file as it is shown, from its header. Raises DamagedFrame."""
+    if not data:
+        raise DamagedFrame("empty file")
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            return (width, height) if _orientation(data) > 4 else (height, width)
+        with _open_pillow(data) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except DamagedFrame:
+        raise
+    except Exception as error:
+        raise DamagedFrame(_reason(error)) from error
+
+
+def _decode_jpeg(
+    data: bytes, factor: int, height: int, width: int, tolerant: bool, buffer: np.ndarray | None
+) -> np.ndarray:
+    shape = (-(-height // factor), -(-width // factor), 3)
+    fits = buffer is not None and buffer.nbytes >= shape[0] * shape[1] * 3
+    reduced = {"min_height": shape[0], "min_width": shape[1], "min_factor": factor} if factor > 1 else {}
+    image = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer if fits else None, strict=not tolerant, **reduced)
+    if tolerant and (image == image[0, 0]).all():
+        raise DamagedFrame("nothing of it can be decoded")
+    orientation = _orientation(data)
+    return image if orientation == 1 else np.ascontiguousarray(_turn(image, orientation))
+
+
+def _decode_pillow(data: bytes, factor: int, tolerant: bool) -> np.ndarray:
+    kept = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+    try:
+        with _open_pillow(data) as image:
+            if image.format == "JPEG":
+                factor = _bounded_factor(image.height, image.width, factor)
+                image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+            elif image.width * image.height > MAX_PIXELS:
+                raise DamagedFrame(
+                    f"{image.width}x{image.height} pixels are too many for a {image.format} (limit {MAX_PIXELS})"
+                )
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey; convert() would cut it off at 255
+                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                pixels = np.repeat(grey[..., None], 3, axis=2)
+            else:
+                pixels = np.asarray(upright.convert("RGB"))
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = kept
+    if tolerant and (pixels == pixels[0, 0]).all():
+        raise DamagedFrame("nothing of it can be decoded")
+    return pixels
+
+
+def _open_pillow(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides, and says so
+        return Image.open(io.BytesIO(data))
+
+
+def _bounded_factor(height: int, width: int, factor: int) -> int:
+    while factor < 8 and (height // factor) * (width // factor) > MAX_PIXELS:
+        factor *= 2
+    return factor
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG, 1 to 8; 1 (upright) where nothing is said. Exif stands near the start of the file."""
+    start = data.find(b"Exif\x00\x00", 0, 4096)
+    if start < 0:
+        return 1
+    try:
+        exif = Image.Exif()
+        exif.load(data[start : start + int.from_bytes(data[start - 2 : start], "big")])
+        value = exif.get(0x0112, 1)
+    except Exception:  # nonsense in the tag does not harm the picture
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Make an image (H, W, 3) upright that is stored in one of the eight EXIF orientations."""
+    if orientation > 4:
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return image
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "Could not determine subsampling" in text or "cannot identify image file" in text:
+        return "not an image, or without a readable header"
+    return text.removeprefix("Corrupt JPEG data: ") or type(error).__name__
+
+
+def resize_crop(frames: np.ndarray, box: Box, size: int) -> torch.Tensor:
+    """Cut `box` out of frames (N, H, W, 3) uint8 and resample it to (N, size, size, 3) uint8.
+
+    Antialiased bilinear in integer arithmetic, as Pillow's `crop(...).resize(..., BILINEAR)`, to one grey level.
+    """
+    top, left, height, width = box
+    pixels = torch.from_numpy(frames)[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    if len(pixels) == 1:  # a cut-out of a single image is not recognised as channels-last
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).contiguous()
+
+
+def view_boxes(height: int, width: int, *, size: int, short_side: int, crops: int) -> list[Box]:
+    """Boxes of a scored frame: its short side as if resized to `short_side`, crops of `size` along the long one.
+
+    crops=1: the centre. crops=3: both ends and the centre of the long side (of the width where both are equal).
+    The aspect ratio is kept; `size` <= `short_side`.
+    """
+    side = max(1, round(min(height, width) * size / short_side))
+    boxes = []
+    for i in range(crops):
+        along = 0.5 if crops == 1 else i / (crops - 1)
+        y, x = (0.5, along) if width >= height else (along, 0.5)
+        boxes.append((round((height - side) * y), round((width - side) * x), side, side))
+    return boxes
+
+
+def reduction(boxes: Sequence[Box], size: int) -> int:
+    """The largest of 1, 2, 4, 8 by which a frame may be reduced so that every box still has `size` pixels a side."""
+    least = min(min(height, width) for _, _, height, width in boxes)
+    return next((factor for factor in REDUCTIONS if least // factor >= size), 1)
+
+
+def scale_box(box: Box, source: tuple[int, int], target: tuple[int, int]) -> Box:
+    """`box` of a frame of `source` (height, width), on a frame of `target` (height, width), within its borders."""
+    if source == target:
+        return box
+    spans = []
+    for start, length, old, new in zip(box[:2], box[2:], source, target, strict=True):
+        first = min(round(start * new / old), new - 1)
+        last = min(max(round((start + length) * new / old), first + 1), new)
+        spans.append((first, last - first))
+    return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
+
+
+def neighbours(frame: int, n_frames: int) -> Iterator[int]:
+    """The other frames of a video, the nearest first, the earlier of two equally near ones first."""
+    for distance in range(1, n_frames):
+        if frame - distance >= 0:
+            yield frame - distance
+        if frame + distance < n_frames:
+            yield frame + distance
+
+
+class _Frames:
+    """The frames of one video, with damaged ones replaced and noted."""
+
+    def __init__(self, read: Callable[[int], bytes], n_frames: int, tolerant: bool) -> None:
+        self.read, self.n_frames, self.tolerant = read, n_frames, tolerant
+        self.damaged: dict[int, str] = {}
+        self._last: tuple[int, bytes] | None = None
+
+    def use(self, frame: int, make: Callable[[bytes, bool], _Made]) -> _Made:
+        """What `make(data, tolerant)` returns for `frame` or for what stands in for it.
+
+        That is: the frame, as a whole; as far as it decodes (tolerant); the nearest whole one; the nearest of which
+        anything decodes (tolerant).
+        """
+        for candidate, tolerant in self._candidates(frame):
+            if candidate in self.damaged and not tolerant:
+                continue
+            try:
+                return make(self._bytes(candidate), tolerant)
+            except DamagedFrame as error:
+                self.damaged.setdefault(candidate, str(error))
+            except OSError as error:
+                self.damaged.setdefault(candidate, error.strerror or str(error))
+        raise NoFrame(self.damaged)
+
+    def _candidates(self, frame: int) -> Iterator[tuple[int, bool]]:
+        yield frame, False
+        if self.tolerant:
+            yield frame, True
+        yield from ((other, False) for other in neighbours(frame, self.n_frames))
+        if self.tolerant:
+            yield from ((other, True) for other in neighbours(frame, self.n_frames))
+
+    def _bytes(self, frame: int) -> bytes:
+        if self._last is None or self._last[0] != frame:
+            self._last = (frame, self.read(frame))
+        return self._last[1]
+
+
+def read_clip(
+    read: Callable[[int], bytes],
+    frames: np.ndarray,
+    boxes: Callable[[int, int], Sequence[Box]],
+    size: int,
+    *,
+    n_frames: int,
+    reduced: bool = True,
+    tolerant: bool = False,
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """Read frames of one video and make R crops of them; every frame is decoded once.
+
+    Parameters
+    ----------
+    read : callable
+        Bytes of a frame's file by number; an OSError makes it a damaged frame.
+    frames : (T,) integers
+        Frame numbers in [0, n_frames), in any order, also several times.
+    boxes : callable
+        R boxes for a frame of (height, width), asked once, for the first frame. On frames of other sizes they are
+        the same shares of height and width.
+    size : int
+        Height and width of a crop.
+    n_frames : int
+        Frames of the video, among which a damaged one finds its replacement.
+    reduced : bool
+        Decode JPEGs at 1/2, 1/4 or 1/8 of their size where every box still has `size` pixels a side.
+    tolerant : bool
+        Of a damaged frame use what decodes before its neighbour.
+
+    Returns
+    -------
+    clips : (R, T, size, size, 3) uint8
+    damaged : dict
+        What is wrong with the damaged frames that were met, by frame number. Each was replaced by the nearest good one.
+
+    Raises
+    ------
+    NoFrame
+        No frame of the video can be decoded.
+
+    """
+    source = _Frames(read, n_frames, tolerant)
+    wanted, places = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
+    shape = source.use(int(wanted[0]), lambda data, _: frame_size(data))
+    crops = list(boxes(*shape))
+
+    def factor_for(size_here: tuple[int, int]) -> int:
+        return reduction([scale_box(box, shape, size_here) for box in crops], size) if reduced else 1
+
+    factor = _bounded_factor(*shape, factor_for(shape))
+    expected = (-(-shape[0] // factor), -(-shape[1] // factor), 3)
+    chunk = min(len(wanted), max(1, CHUNK_BYTES // (expected[0] * expected[1] * 3)))
+    buffer = np.empty((chunk, *expected), dtype=np.uint8)
+    pieces: list[list[torch.Tensor]] = [[] for _ in crops]
+
+    def resample(stack: np.ndarray) -> None:
+        for box, parts in zip(crops, pieces, strict=True):
+            parts.append(resize_crop(stack, scale_box(box, shape, stack.shape[1:3]), size))
+
+    held = 0
+    for frame in wanted.tolist():
+        slot = buffer[held]
+
+        def decode(data: bytes, lenient: bool, slot: np.ndarray = slot) -> np.ndarray:
+            return decode_frame(data, factor=factor_for(frame_size(data)), tolerant=lenient, buffer=slot)
+
+        image = source.use(frame, decode)
+        if image.shape == expected:
+            if not np.may_share_memory(image, slot):
+                slot[:] = image
+            held += 1
+        if held and (held == chunk or image.shape != expected):
+            resample(buffer[:held])
+            held = 0
+        if image.shape != expected:
+            resample(image[None])
+    if held:
+        resample(buffer[:held])
+
+    clips = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces]
+    if len(places) != len(wanted) or (places[1:] < places[:-1]).any():
+        order = torch.from_numpy(places)
+        clips = [clip[order] for clip in clips]
+    return torch.stack(clips) if len(clips) > 1 else clips[0][None], source.damaged
