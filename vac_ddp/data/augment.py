@@ -27,6 +27,8 @@ CHUNK_ELSEWHERE = 16  # bounds the memory of wide intermediates on a GPU
 ERASE_AREA = (0.02, 1 / 3)  # timm's defaults, which the VideoMAE recipe keeps
 ERASE_RATIO = (0.3, 1 / 0.3)
 
+HOST_PARAMETERS = ("flip", "ops", "values", "affine", "erase", "erase_seed")  # a loader leaves these in host memory
+
 Values = Sequence[float] | Tensor
 
 
@@ -171,7 +173,7 @@ def augment_clips(
     """
     if len(clips) == 0:
         return normalise(clips, mean, std, dtype)
-    host = {name: params[name].cpu() for name in ("flip", "ops", "values", "affine", "erase", "erase_seed")}
+    host = {name: params[name].cpu() for name in HOST_PARAMETERS}
     planar = clips.permute(0, 1, 4, 2, 3)
     flipped = host["flip"].nonzero()[:, 0]
     if len(flipped) or host["ops"].any():

@@ -76,7 +76,7 @@ def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tens
     Parameters
     ----------
     clips : (B, T, C, H, W) float
-        Normalised clips; not changed.
+        Normalised clips; not changed. B may be 0.
     partner : (B,) int64
         Row of the partner; its own row: the clip stays as it is, whatever `params` say.
     params : dict of tensors

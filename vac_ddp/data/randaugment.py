@@ -25,7 +25,7 @@ class Op(IntEnum):
     AUTOCONTRAST = 1
     EQUALIZE = 2
     INVERT = 3
-    POSTERIZE = 4  # bits kept, 0 to 8
+    POSTERIZE = 4  # bits kept, 1 to 8
     SOLARIZE = 5  # first grey level that is inverted, 0 to 256
     SOLARIZE_ADD = 6  # what is added to grey levels below 128
     COLOR = 7  # factor, 1: unchanged; so for the next three
@@ -113,7 +113,8 @@ def strength(op: Op, level: float, negative: bool, increasing: bool) -> float:
     """The value of `op` at magnitude `level` (0 to 10 and, with mmax, above), to the left or down if `negative`.
 
     timm's table: rotation to 30 degrees, shear to 0.3, translation to 0.45 of the side, enhancement factors 1 +- 0.9
-    (without `increasing` 0.1 to 1.9), posterize down to 0 bits, solarize down to 0, add up to 110.
+    (without `increasing` 0.1 to 1.9), posterize down to 1 bit (timm: 0, which Pillow refuses), solarize down to 0,
+    solarize-add up to 110.
     """
     share = level / LEVELS
     sign = -1.0 if negative else 1.0
@@ -126,7 +127,7 @@ def strength(op: Op, level: float, negative: bool, increasing: bool) -> float:
     if op in (Op.TRANSLATE_X, Op.TRANSLATE_Y):
         return sign * 0.45 * share
     if op is Op.POSTERIZE:
-        return float(4 - int(share * 4) if increasing else int(share * 4))
+        return float(max(1, 4 - int(share * 4) if increasing else int(share * 4)))
     if op is Op.SOLARIZE:
         threshold = min(256, int(share * 256))
         return float(256 - threshold if increasing else threshold)
