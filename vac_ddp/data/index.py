@@ -1,6 +1,6 @@
 """Which videos there are: their labels, frames and damage, from a folder, a CSV or a packed set, scanned once."""
 
-# ruff: noqa: PTH - paths stay text: a million Path objects cost more than the reads
+# ruff: noqa: PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
 
 from __future__ import annotations
 

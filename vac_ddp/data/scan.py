@@ -1,6 +1,6 @@
 """One pass over a tree of frame folders, or over the folders a CSV names: what is there, as arrays."""
 
-# ruff: noqa: PTH - paths stay text: a million Path objects cost more than the reads
+# ruff: noqa: PTH116, PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
 
 from __future__ import annotations
 
