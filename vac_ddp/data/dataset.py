@@ -39,7 +39,7 @@ class TrainClips(Dataset):
     noise : (R, noise_size) float32 in [0, 1), random numbers for the model
     params : dict of (R, ...) tensors for `augment.augment_clips`
     epoch, video : int
-    damaged : list of str, damaged frames that were replaced by their nearest good one, with the reason
+    damage : list of str, damaged frames that were replaced by their nearest good one, with the reason
     """
 
     def __init__(self, index: Videos, videos: np.ndarray, settings: Config, noise_size: int, seed: int) -> None:
@@ -87,7 +87,7 @@ class TrainClips(Dataset):
             "params": {name: torch.from_numpy(np.stack([d[name] for d in drawn])) for name in drawn[0]},
             "epoch": epoch,
             "video": video,
-            "damaged": damage_lines(self.index, video, damaged),
+            "damage": damage_lines(self.index, video, damaged),
         }
 
 
@@ -98,10 +98,10 @@ class TestViews(Dataset):
 
     clips : (K * crops, T, S, S, 3) uint8, window k and crop c at k * crops + c; the mirrored views are made on the
         device
-    video : int, its number in the index
+    place, video : int, i and its number in the index
     label : int, -1 where there is none
     decoded : bool, False where no frame could be decoded (`clips` are then zero)
-    damaged : list of str, damaged frames, with the reason
+    damage : list of str, damaged frames, with the reason
 
     `tolerant` (the test part): what decodes of a damaged frame is used before its neighbour, and a video without any
     good frame is an item with decoded=False. Otherwise (validation) that is a UserError.
@@ -160,10 +160,11 @@ class TestViews(Dataset):
             damaged, decoded = error.damaged, False
         return {
             "clips": clips.contiguous(),
+            "place": int(item),
             "video": video,
             "label": int(self.index.labels[video]),
             "decoded": decoded,
-            "damaged": damage_lines(self.index, video, damaged),
+            "damage": damage_lines(self.index, video, damaged),
         }
 
 

@@ -8,13 +8,13 @@ import os
 import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vac_ddp.data.augment import draw_parameters
 from vac_ddp.data.dataset import TestViews, TrainClips
@@ -24,6 +24,7 @@ from vac_ddp.data.sampling import MIX, generator
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 
+NAMED = 50  # damaged frames that a rank names one by one
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -40,9 +41,9 @@ class Batch:
     videos : (B,) int64, numbers in the index
     noise : (B, n) float32 in [0, 1)
     params : name -> (B, ...): parameters of `augment_clips`; `partner` (B,) int64, the row a clip is mixed with or its
-        own; and the parameters of `mix`. They stay in host memory.
+        own; and the parameters of `mix`
     units : (U, 2) int64, the rows of every pair, -1 for none
-    damaged : damaged frames that were met and replaced, with the reason (each load batch names its own)
+    damage : one line for every damaged frame that was met and replaced; a `Loader` names each once
     """
 
     clips: Tensor
@@ -52,31 +53,80 @@ class Batch:
     noise: Tensor
     params: dict[str, Tensor]
     units: Tensor
-    damaged: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
-        """Clips, labels and noise on `device`; the small rest stays where it is."""
+        """What the step computes with on `device`; the parameters of `augment_clips` stay in host memory."""
         moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("clips", "labels", "noise")}
-        return replace(self, **moved)
+        params = {
+            name: value.to(device, non_blocking=non_blocking) if _mixing(name) else value
+            for name, value in self.params.items()
+        }
+        return replace(self, params=params, **moved)
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory (called by the DataLoader's pinning thread)."""
         pinned = {n: getattr(self, n).pin_memory() for n in ("clips", "labels", "samples", "noise")}
         return replace(self, params={name: value.pin_memory() for name, value in self.params.items()}, **pinned)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors."""
+        yield from (value for value in vars(self).values() if isinstance(value, Tensor))
+        yield from self.params.values()
+
     def __getstate__(self) -> dict[str, Any]:
         """Only the clips travel through shared memory: every shared tensor costs a file descriptor."""
-        state = {f.name: getattr(self, f.name) for f in fields(self)}
-        state["params"] = {name: value.numpy() for name, value in self.params.items()}
+        state = {**vars(self), "params": {name: value.numpy() for name, value in self.params.items()}}
         return {name: v.numpy() if isinstance(v, Tensor) and name != "clips" else v for name, v in state.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state["params"] = {name: torch.from_numpy(value) for name, value in state["params"].items()}
         for name, value in state.items():
             setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
+
+def _mixing(name: str) -> bool:
+    return name == "partner" or name.startswith("mix_")
+
+
+@dataclass(kw_only=True)
+class TestBatch:
+    """The views of N scored videos.
+
+    clips : (N, K * crops, T, S, S, 3) uint8, window k and crop c at k * crops + c
+    places : (N,) int64, places in the data set (`TestViews.videos[place]` is the number in the index)
+    videos : (N,) int64, numbers in the index
+    labels : (N,) int64, -1 where there is none
+    decoded : (N,) bool, False: no frame of the video could be decoded, its clips are zero
+    damage : one line for every damaged frame that was met; a `Loader` names each once
+    """
+
+    __test__ = False
+
+    clips: Tensor
+    places: Tensor
+    videos: Tensor
+    labels: Tensor
+    decoded: Tensor
+    damage: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> TestBatch:
+        """The clips on `device`, the rest stays in host memory."""
+        return replace(self, clips=self.clips.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TestBatch:
+        """The same with the clips in page-locked memory."""
+        return replace(self, clips=self.clips.pin_memory())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors."""
+        yield from (value for value in vars(self).values() if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +171,7 @@ class CollateTrain:
             noise=gather("noise"),
             params=params | {"partner": torch.from_numpy(partner)},
             units=torch.tensor(units, dtype=torch.int64),
-            damaged=[line for item in items for line in item["damaged"]],
+            damage=[line for item in items for line in item["damage"]],
         )
 
     def _empty(self) -> Batch:
@@ -142,6 +192,18 @@ class CollateTrain:
         )
 
 
+def collate_test(items: Sequence[dict[str, Any]]) -> TestBatch:
+    """Items of `TestViews` to a TestBatch."""
+    return TestBatch(
+        clips=default_collate([item["clips"] for item in items]),
+        places=torch.tensor([item["place"] for item in items], dtype=torch.int64),
+        videos=torch.tensor([item["video"] for item in items], dtype=torch.int64),
+        labels=torch.tensor([item["label"] for item in items], dtype=torch.int64),
+        decoded=torch.tensor([item["decoded"] for item in items], dtype=torch.bool),
+        damage=[line for item in items for line in item["damage"]],
+    )
+
+
 def start_worker(_: int) -> None:
     """Set up a loader process: the rank decides when it ends, not a signal to the process group; one thread."""
     for number in IGNORED_SIGNALS:
@@ -157,7 +219,11 @@ def worker_count(setting: int | None, *, local_ranks: int) -> int:
 
 
 class Loader:
-    """A DataLoader whose processes ignore signals, so that it must be, and is, closed before the program ends."""
+    """A DataLoader whose processes ignore signals, so that it must be, and is, closed before the program ends.
+
+    A damaged frame is named in the first batch that meets it and in no other; `damaged` counts them. After
+    `NAMED` names one line says that the others are only counted.
+    """
 
     def __init__(self, dataset: Dataset, *, workers: int, prefetch: int, pin: bool, **options: Any) -> None:
         extra: dict[str, Any] = {}
@@ -170,8 +236,14 @@ class Loader:
             }
         self._loader = DataLoader(dataset, num_workers=workers, pin_memory=pin, **options, **extra)
         self._iterator: Any = None
+        self._met: set[str] = set()
         reference = weakref.ref(self)
         atexit.register(lambda: (alive := reference()) and alive.close())
+
+    @property
+    def damaged(self) -> int:
+        """Damaged frames met so far, each counted once."""
+        return len(self._met)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -185,7 +257,16 @@ class Loader:
                 return
             except UserError as error:
                 raise UserError(_one_line(error)) from None
+            batch.damage = [line for name in batch.damage for line in self._note(name)]
             yield batch
+
+    def _note(self, name: str) -> list[str]:
+        if name in self._met:
+            return []
+        self._met.add(name)
+        if len(self._met) == NAMED + 1:
+            return [f"more than {NAMED} damaged frames: from here on they are only counted, `vac audit` lists them"]
+        return [f"damaged frame {name}"] if len(self._met) <= NAMED else []
 
     def close(self) -> None:
         """End the loader processes."""
@@ -214,33 +295,29 @@ def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin
     )
 
 
-def test_loader(dataset: TestViews, items: Sequence[int], *, workers: int, prefetch: int, pin: bool) -> Loader:
-    """The items (places in `dataset`) in the order given, one video after the other, as dicts of `TestViews`."""
-    return Loader(dataset, workers=workers, prefetch=prefetch, pin=pin, sampler=_Listed(items), batch_size=None)
+def test_loader(
+    dataset: TestViews, places: Sequence[int], *, videos_per_batch: int, workers: int, prefetch: int, pin: bool
+) -> Loader:
+    """TestBatches of the videos at `places` in `dataset`, in this order, the last one may be smaller."""
+    ordered = [int(place) for place in places]
+    batches = [ordered[i : i + videos_per_batch] for i in range(0, len(ordered), videos_per_batch)]
+    return Loader(dataset, workers=workers, prefetch=prefetch, pin=pin, batch_sampler=batches, collate_fn=collate_test)
 
 
 test_loader.__test__ = False  # pytest takes imported functions of this name for tests
 
 
-class _Listed(Sampler):
-    def __init__(self, items: Sequence[int]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(int(i) for i in self.items)
+_AnyBatch = TypeVar("_AnyBatch", Batch, TestBatch)
 
 
-def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def to_device(batches: Iterable[_AnyBatch], device: torch.device) -> Iterator[_AnyBatch]:
     """The batches on `device`. On CUDA the next one is copied on a stream of its own while this one is worked on."""
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
     copying = torch.cuda.Stream(device)
-    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    ahead: tuple[_AnyBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(copying):
             moved = batch.to(device, non_blocking=True)
@@ -252,9 +329,10 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield _arrived(*ahead, device)
 
 
-def _arrived(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batch:
+def _arrived(batch: _AnyBatch, done: torch.cuda.Event, device: torch.device) -> _AnyBatch:
     working = torch.cuda.current_stream(device)
     working.wait_event(done)
-    for tensor in (batch.clips, batch.labels, batch.noise):
-        tensor.record_stream(working)  # its memory is not given to the next copy while it is read
+    for tensor in batch.tensors():
+        if tensor.is_cuda:
+            tensor.record_stream(working)  # its memory is not given to the next copy while it is read
     return batch
