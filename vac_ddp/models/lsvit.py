@@ -1,0 +1,186 @@
+"""LS-ViT: an image ViT on every frame, with motion mixed into pixels and tokens.
+
+Chen et al., "LS-VIT: Vision Transformer for action recognition based on long and short-term temporal
+difference", Frontiers in Neurorobotics 18 (2024), doi 10.3389/fnbot.2024.1457843. Both parts can be left out; with
+closed gates (0) the model is the timm ViT averaged over time, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vac_ddp.errors import UserError
+from vac_ddp.models.timm_backbone import (
+    backbone_depths,
+    classify,
+    compile_in_place,
+    create_backbone,
+    draw_head,
+    drop_rates,
+    encode,
+    finish,
+    is_plain_vit,
+    keep_factors,
+    seeded,
+)
+from vac_ddp.models.weights import Loaded
+from vac_ddp.settings import ClipSettings, ModelSettings
+
+
+class SMIF(nn.Module):
+    """Short-term motion, fused into the pixels: clip + gate * conv1x1([clip, motion]).
+
+    motion of frame t: the sum of |x[t+k] - x[t]| and |x[t] - x[t-k]| over k = 1 .. window // 2, a channel at a time;
+    frames before the first and after the last are those two. Sums up to `threshold` count as no motion.
+
+    The threshold is in units of pixels from -1 to 1, what a mean and deviation of 0.5 make of an image: 0.05 is
+    0.025 of the range from black to white. Clips normalised otherwise are rescaled by `std` before the comparison.
+    """
+
+    def __init__(
+        self, std: Sequence[float] = (0.5, 0.5, 0.5), *, window: int = 5, threshold: float = 0.05, gate: float = 0.5
+    ) -> None:
+        super().__init__()
+        if window < 3 or window % 2 == 0:
+            raise ValueError(f"window={window}: an odd number of frames, at least 3")
+        self.reach, self.threshold = window // 2, threshold
+        self.fuse = nn.Conv2d(6, 3, 1)
+        self.gate = nn.Parameter(torch.tensor(gate))
+        units = torch.tensor([s / 0.5 for s in std]).view(3, 1, 1)
+        self.register_buffer("units", units, persistent=False)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """From clips (B, T, 3, H, W), normalised, to the same shape."""
+        frames, reach = clips.shape[1], self.reach
+        first, last = clips[:, :1].expand(-1, reach, -1, -1, -1), clips[:, -1:].expand(-1, reach, -1, -1, -1)
+        padded = torch.cat((first, clips, last), dim=1)
+        motion = torch.zeros_like(clips)
+        for k in range(1, reach + 1):
+            motion = motion + (padded[:, reach + k : reach + k + frames] - clips).abs()
+            motion = motion + (clips - padded[:, reach - k : reach - k + frames]).abs()
+        motion = motion * self.units
+        motion = torch.where(motion > self.threshold, motion, torch.zeros_like(motion))
+        fused = self.fuse(torch.cat((clips, motion), dim=2).flatten(0, 1))
+        return clips + self.gate * fused.view_as(clips)
+
+
+class LMI(nn.Module):
+    """Long-term motion, as a gate on the tokens of a frame: x + factor * x * gate.
+
+    gate (a frame and channel): tokens reduced to C / 4 channels; absolute differences to the next and to the
+    previous frame (0 beyond the ends), each averaged over the tokens; both side by side through a small MLP,
+    sigmoid, expanded to C. The two differences are not added up: their sum is the same for a clip and its
+    reverse, so that the direction of a motion could not be seen. The paper takes segments of a video; here they
+    are the frames of the clip, however these were sampled.
+    """
+
+    def __init__(self, width: int, *, reduction: int = 4, factor: float = 0.1) -> None:
+        super().__init__()
+        narrow = max(1, width // reduction)
+        self.reduce = nn.Linear(width, narrow)
+        self.fc1 = nn.Linear(2 * narrow, narrow)
+        self.fc2 = nn.Linear(narrow, narrow)
+        self.expand = nn.Linear(narrow, width)
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From tokens (B, T, N, C) to the same shape."""
+        narrow = self.reduce(tokens)
+        change = (narrow[:, 1:] - narrow[:, :-1]).abs().mean(2)
+        motion = torch.cat((F.pad(change, (0, 0, 0, 1)), F.pad(change, (0, 0, 1, 0))), dim=2)
+        gate = self.expand(torch.sigmoid(self.fc2(F.gelu(self.fc1(motion)))))
+        return (tokens + self.factor * tokens * gate[:, :, None]).to(tokens.dtype)
+
+
+class LSViT(nn.Module):
+    """Clips in, logits out: SMIF, a ViT on frames with an LMI after every block, the mean of the CLS tokens over time.
+
+    `noise_size` numbers a clip make the masks: two a block if drop_path > 0 (all frames of a clip share them),
+    then `width` for the head's dropout if head_dropout > 0.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        smif: bool = True,
+        lmi: bool = True,
+        drop_path: float = 0.0,
+        head_dropout: float = 0.0,
+        head_init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        blocks, width = len(backbone.blocks), backbone.embed_dim
+        self.head_dropout, self.checkpointing = head_dropout, 0
+        self.smif = SMIF(std) if smif else None
+        self.backbone = backbone
+        self.lmi = nn.ModuleList(LMI(width) for _ in range(blocks)) if lmi else None
+        self.head = draw_head(width, num_classes, scale=head_init_scale)
+        self.register_buffer("rates", drop_rates(drop_path, blocks if drop_path > 0 else 0), persistent=False)
+        self._depths, self.num_depths = backbone_depths(backbone)
+
+    @property
+    def noise_size(self) -> int:
+        """Random numbers in [0, 1) that a clip brings."""
+        return len(self.rates) + (self.head.in_features if self.head_dropout > 0 else 0)
+
+    def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Logits (B, K) float32 of clips (B, T, 3, H, W), normalised floats; noise (B, noise_size) in [0, 1)."""
+        batch, frames = clips.shape[:2]
+        if self.smif is not None:
+            clips = self.smif(clips)
+
+        def integrate(i: int, tokens: Tensor) -> Tensor:
+            return self.lmi[i](tokens.unflatten(0, (batch, frames))).flatten(0, 1)
+
+        features = encode(
+            self.backbone,
+            clips.flatten(0, 1),
+            keep=keep_factors(noise, self.rates, frames),
+            checkpointing=self.checkpointing,
+            after_block=None if self.lmi is None else integrate,
+        )
+        features = features.unflatten(0, (batch, frames)).mean(1)
+        return classify(self.head, features, None if noise is None else noise[:, len(self.rates) :], self.head_dropout)
+
+    def compile_blocks(self) -> None:
+        """Compile every block, the LMIs and the SMIF in place."""
+        compile_in_place([*self.backbone.blocks, *(self.lmi or ()), *([self.smif] if self.smif is not None else ())])
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter: 0 embedding, i + 1 block i; final norm, classifier and the new motion parts on top."""
+        part, _, rest = name.partition(".")
+        return self._depths[rest] if part == "backbone" else self.num_depths - 1
+
+    def head_names(self) -> set[str]:
+        """Names of the classifier's parameters."""
+        return {"head.weight", "head.bias"}
+
+
+def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int) -> Loaded:
+    """LS-ViT over the timm ViT `settings.backbone` with settings.weights; all that is new is drawn from `seed`."""
+    with seeded(seed):
+        backbone, report = create_backbone(settings, size=clip.size)
+        if not is_plain_vit(backbone):
+            raise UserError(
+                f"model.backbone={settings.backbone} is no plain ViT of timm (vit_*, deit_*), which lsvit needs: "
+                "give one, or model.name=frame_vit"
+            )
+        model = LSViT(
+            backbone,
+            num_classes,
+            std=report.std,
+            smif=settings.smif,
+            lmi=settings.lmi,
+            drop_path=settings.drop_path,
+            head_dropout=settings.head_dropout,
+            head_init_scale=settings.head_init_scale,
+        )
+    parts = ["classifier", *(["SMIF"] if settings.smif else []), *(["LMI"] if settings.lmi else [])]
+    return finish(model, report, ", ".join(parts))

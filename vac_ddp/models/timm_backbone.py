@@ -1,0 +1,307 @@
+"""What LS-ViT and Frame ViT share: a timm image model run on the frames of clips.
+
+timm draws drop path and dropout masks from the global generator. Here its random layers are switched off, and
+the masks of drop path are made from the numbers that come with each clip: all frames of a clip share them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vac_ddp.errors import UserError
+from vac_ddp.models import sources
+from vac_ddp.models.sources import Source
+from vac_ddp.models.weights import Loaded, LoadReport
+from vac_ddp.settings import ModelSettings
+
+
+class Block(nn.Module):
+    """A timm ViT block, its parts taken over under their own names, with drop path from outside."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = source.norm1, source.attn, source.ls1
+        self.norm2, self.mlp, self.ls2 = source.norm2, source.mlp, source.ls2
+
+    def forward(self, x: Tensor, keep_attention: Tensor | None = None, keep_mlp: Tensor | None = None) -> Tensor:
+        """From x (N, P, C) to (N, P, C); the factors (N, 1, 1) scale what the two branches add (None: by 1)."""
+        x = _add(x, self.ls1(self.attn(self.norm1(x))), keep_attention)
+        return _add(x, self.ls2(self.mlp(self.norm2(x))), keep_mlp)
+
+
+def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    # The float32 factor must not turn a bfloat16 residual stream into a float32 one.
+    return x + branch if keep is None else (x + branch * keep).to(x.dtype)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the CPU generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def create_backbone(settings: ModelSettings, *, size: int) -> tuple[nn.Module, LoadReport]:
+    """The timm model `settings.backbone` without a classifier, for frames of size x size pixels, with its weights.
+
+    settings.weights: null (random), a file or directory with timm's tensor names, a timm name (architecture.tag) or
+    hf-hub:ID. They are read as tensors only, nothing in them is executed. A plain ViT (`is_plain_vit`) gets blocks
+    of ours. UserError: unknown names, another architecture, missing tensors, no network.
+    """
+    import timm
+
+    name = settings.backbone
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"near: {', '.join(near)}" if near else "timm.list_models() names them"
+        raise UserError(f"model.backbone={name}: timm has no such model; {hint}")
+    options: dict[str, Any] = {"num_classes": 0, "drop_rate": 0.0} | _sizes(settings)
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = size
+    try:
+        model = timm.create_model(name, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model.backbone={name} cannot be built for {size} pixels ({options}): {error}") from error
+    if is_plain_vit(model) and size % model.patch_embed.patch_size[0]:
+        raise UserError(f"clip.size={size} is no multiple of the patch's {model.patch_embed.patch_size[0]} pixels")
+    cfg, quiet = model.pretrained_cfg, silence(model)
+    if settings.weights is None:
+        report = LoadReport(source="none", missing=list(model.state_dict()))
+    else:
+        source = _find(settings)
+        cfg = _configuration(source, cfg, name)
+        report = load_tensors(model, source)
+    report.notes += quiet
+    report.mean, report.std = tuple(settings.mean or cfg["mean"]), tuple(settings.std or cfg["std"])
+    report.normalisation = "as set" if settings.mean or settings.std else "timm's for these weights"
+    if is_plain_vit(model):
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = Block(block)
+    return model, report
+
+
+def _sizes(settings: ModelSettings) -> dict[str, Any]:
+    """The arguments of timm for a ViT whose sizes are given by number."""
+    numbers = (settings.width, settings.depth, settings.heads)
+    if settings.size is not None:
+        raise UserError(
+            f"model.size={settings.size} is of videomae; {settings.name} takes its size from model.backbone"
+        )
+    if numbers == (None, None, None):
+        return {}
+    if None in numbers or settings.weights is not None:
+        raise UserError("model.width, depth and heads are given together, with model.weights=null, or not at all")
+    return {
+        "embed_dim": settings.width,
+        "depth": settings.depth,
+        "num_heads": settings.heads,
+        "mlp_ratio": settings.mlp_ratio,
+        "patch_size": settings.patch,
+    }
+
+
+def is_plain_vit(model: nn.Module) -> bool:
+    """Whether the blocks of this timm model can be run here: a VisionTransformer of pre-norm blocks, as most are."""
+    from timm.models import vision_transformer as timm_vit
+
+    return type(model) is timm_vit.VisionTransformer and all(type(b) in (timm_vit.Block, Block) for b in model.blocks)
+
+
+def silence(model: nn.Module) -> list[str]:
+    """Switch random layers off that the architecture brings along; returns a line that names them, if any."""
+    quiet = []
+    for name, module in model.named_modules():
+        for rate in ("p", "prob", "drop_prob") if "drop" in type(module).__name__.lower() else ():
+            if getattr(module, rate, None):
+                setattr(module, rate, 0.0)
+                quiet.append(name)
+    return [f"random layers switched off: {', '.join(quiet)}"] if quiet else []
+
+
+def _find(settings: ModelSettings) -> Source:
+    """The tensors that settings.weights names, read or fetched."""
+    import timm
+
+    weights, name = str(settings.weights), settings.backbone
+    if Path(weights).expanduser().exists():
+        return sources.open_source(weights)
+    asked = weights.removeprefix("hf-hub:")
+    stem = asked.removeprefix("timm/")
+    if timm.is_model(stem):
+        if stem.split(".")[0] != name.split(".")[0]:
+            raise UserError(f"model.weights={weights} is of another architecture than model.backbone={name}")
+        cfg = timm.get_pretrained_cfg(stem)
+        if cfg is None or not cfg.hf_hub_id:
+            raise UserError(f"model.weights={weights}: timm has no hub weights of that name; give a file, or null")
+        return sources.open_source(cfg.hf_hub_id, revision=settings.revision)
+    if not weights.startswith(("hf-hub:", "timm/")):
+        raise UserError(
+            f"model.weights={weights} is neither a file nor a timm name: for model.backbone={name} give a file or "
+            f"directory with timm's tensor names, {_example(name)}, hf-hub:ID, or null for random weights"
+        )
+    return sources.open_source(asked, revision=settings.revision)
+
+
+def _example(name: str) -> str:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    return f"{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.tag else name
+
+
+def _configuration(source: Source, cfg: dict[str, Any], name: str) -> dict[str, Any]:
+    """What timm says of these weights: their own configuration, else that of the backbone."""
+    beside = source.hf_config or {}
+    theirs = beside.get("architecture")
+    if theirs is not None and str(theirs).split(".")[0] != name.split(".")[0]:
+        raise UserError(f"model.weights={source.asked} is a {theirs}: give model.backbone={theirs} to use it")
+    return {**cfg, **beside.get("pretrained_cfg", {})}
+
+
+def load_tensors(model: nn.Module, source: Source) -> LoadReport:
+    """Load the tensors into a timm model without classifier, through timm's own renaming and resizing.
+
+    A tensor of the model that is missing or of another shape is a UserError. The old classifier is left.
+    """
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    given = {name.removeprefix("module."): value for name, value in source.state.items()}
+    before = {name: tuple(value.shape) for name, value in given.items()}
+    try:
+        state = adapt(dict(given), model) if adapt else given
+    except Exception as error:
+        raise UserError(f"{source.asked}: not the weights of {type(model).__name__} ({error})") from error
+    own = model.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = sorted(own.keys() - state.keys() - counters)
+    other = [name for name in own if name in state and state[name].shape != own[name].shape]
+    for names, what in ((missing, "lacks"), (other, "has in another shape")):
+        if names:
+            shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            raise UserError(f"{source.asked} {what} {len(names)} of {len(own)} tensors of the backbone: {shown}")
+    used = {name: value for name, value in state.items() if name in own}
+    model.load_state_dict(used, strict=False)
+    return LoadReport(
+        source=source.asked,
+        kind=source.kind,
+        file=str(source.path),
+        sha256=source.sha256,
+        used=len(used),
+        covered=1.0,
+        unused=sorted(state.keys() - own.keys()),
+        reshaped=[
+            f"{name} {before[name]} to {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in before and before[name] != tuple(value.shape)
+        ],
+    )
+
+
+def backbone_depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
+    """(name to depth, number of depths) of a backbone's parameters; the last depth is left to the head.
+
+    ViT: 0 embedding, i + 1 block i, the final norm beside the head. Others: timm's own order of layers.
+    """
+    names = [name for name, _ in backbone.named_parameters()]
+    if is_plain_vit(backbone):
+        top = len(backbone.blocks) + 1
+        depths = {}
+        for name in names:
+            part, _, rest = name.partition(".")
+            final = part in ("norm", "fc_norm", "attn_pool")
+            depths[name] = int(rest.partition(".")[0]) + 1 if part == "blocks" else top if final else 0
+        return depths, top + 1
+    from timm.models import group_with_matcher
+
+    # A name that no pattern knows lands behind all layers: where the head is.
+    head = "(head)"
+    matched = group_with_matcher([(n, None) for n in [*names, head]], backbone.group_matcher(), reverse=True)
+    return {name: matched[name] for name in names}, matched[head] + 1
+
+
+def drop_rates(last: float, blocks: int) -> Tensor:
+    """Drop path rates (2 x blocks,) float32, two a block, rising linearly from 0 to `last` (Huang et al., 2016)."""
+    return torch.tensor([last * i / max(1, blocks - 1) for i in range(blocks) for _ in range(2)])
+
+
+def keep_factors(noise: Tensor | None, rates: Tensor, frames: int) -> Sequence[Tensor] | None:
+    """Two factors (B x frames, 1, 1) a block, the same in all frames of a clip; None where nothing is dropped.
+
+    noise: (B, >= 2 x blocks) in [0, 1). A factor is 0 with the branch's rate, else 1 / (1 - rate): the mean stays.
+    """
+    if noise is None or not len(rates):
+        return None
+    factors = (noise[:, : len(rates)] >= rates) / (1 - rates)
+    return factors.T.repeat_interleave(frames, dim=1)[:, :, None, None].unbind(0)
+
+
+def encode(
+    vit: nn.Module,
+    frames: Tensor,
+    *,
+    keep: Sequence[Tensor] | None = None,
+    checkpointing: int = 0,
+    after_block: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Features (N, C) of frames (N, 3, H, W) by a plain ViT, as its own forward without a classifier makes them.
+
+    keep: see `keep_factors`. checkpointing: blocks from below that are computed again in the backward pass.
+    after_block: changes the tokens (N, P, C) behind block i.
+    """
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(frames))))
+    for i, block in enumerate(vit.blocks):
+        pair = (None, None) if keep is None else (keep[2 * i], keep[2 * i + 1])
+        if i < checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, *pair, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *pair)
+        if after_block is not None:
+            x = after_block(i, x)
+    return vit.forward_head(vit.norm(x), pre_logits=True)
+
+
+def draw_head(width: int, num_classes: int, *, scale: float) -> nn.Linear:
+    """A classifier: truncated normal 0.02 times `scale`, zero bias (the recipe of the VideoMAE code)."""
+    head = nn.Linear(width, num_classes)
+    with torch.no_grad():
+        nn.init.trunc_normal_(head.weight, std=0.02).mul_(scale)
+        nn.init.zeros_(head.bias)
+    return head
+
+
+def classify(head: nn.Module, features: Tensor, noise: Tensor | None, rate: float) -> Tensor:
+    """Logits (B, K) of features (B, C), in float32 also under autocast; dropout by noise (B, C) in [0, 1)."""
+    device = features.device.type
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        features = features.float()
+        if noise is not None and rate > 0:
+            features = features * (noise >= rate).to(features.dtype) / (1 - rate)
+        return head(features)
+
+
+def compile_in_place(modules: Sequence[nn.Module]) -> None:
+    """Compile each module in place, without graph breaks; parameter names stay as they are."""
+    # Blocks share their code, and with it the limit on how often it may be compiled for other shapes and grad modes.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in modules:
+        module.compile(fullgraph=True)
+
+
+def finish(model: nn.Module, report: LoadReport, new: str) -> Loaded:
+    """The loaded model with its report brought up to date: what is `new`, and the share of parameters it had."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    old = sum(parameter.numel() for parameter in model.backbone.parameters()) if report.used else 0
+    report.covered = old / total
+    report.missing = [n for n, _ in model.named_parameters() if not (report.used and n.startswith("backbone."))]
+    report.notes.append(f"new: {new}")
+    return Loaded(model=model, report=report, mean=report.mean, std=report.std)
