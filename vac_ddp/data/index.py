@@ -94,8 +94,21 @@ def open_index(
     if is_pack(root):
         found, packed = read_pack(root, labelled=labelled)
     else:
-        found, packed = _cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file), None
-    index = Index(
+        found, packed = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file), None
+    index = index_of(found, root, packed)
+    if not labelled:
+        return _checked_test(index, found)
+    _check_classes(index, classes)
+    if classes is not None:
+        number = {name: i for i, name in enumerate(classes)}
+        index.labels = np.array([number[name] for name in index.classes], np.int64)[index.labels]
+        index.classes = list(classes)
+    return _without_bad(index, found, settings)
+
+
+def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Index:
+    """All videos of a scan as they are, bad ones included."""
+    return Index(
         root=root,
         classes=found.classes,
         labels=found.labels,
@@ -107,14 +120,6 @@ def open_index(
         base=found.base,
         packed=packed,
     )
-    if not labelled:
-        return _checked_test(index, found)
-    _check_classes(index, classes)
-    if classes is not None:
-        number = {name: i for i, name in enumerate(classes)}
-        index.labels = np.array([number[name] for name in index.classes], np.int64)[index.labels]
-        index.classes = list(classes)
-    return _without_bad(index, found, settings)
 
 
 def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path:
@@ -125,9 +130,10 @@ def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path:
     return folder / f"index-{key}.npz"
 
 
-def _cached_scan(
-    root: Path, *, labelled: bool, settings: DataSettings, scan: bool, cache_file: str | Path | None
+def cached_scan(
+    root: Path, *, labelled: bool, settings: DataSettings, scan: bool = True, cache_file: str | Path | None = None
 ) -> Scan:
+    """What the cache knows of `root`, if that still holds, else a new scan, which is then kept (see `open_index`)."""
     default = cache_path(root, labelled=labelled, settings=settings)
     places = [default] if cache_file is None else [Path(cache_file), default]
     for place in places:

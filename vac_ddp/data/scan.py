@@ -26,6 +26,7 @@ STATES = ("good", "no frames in it", "no such folder", "cannot be read", "no fra
 _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}  # what systems leave behind
 _THREADS = 16  # listing waits for the file system, decoding releases the GIL
 _CHUNK = 64
+_LOOKS = 32
 _EXAMPLES = 5
 _FRESH_NS = 2_000_000_000  # a folder changed this shortly before it was read may change again unseen
 
@@ -81,6 +82,20 @@ def scan_root(root: Path, *, labelled: bool) -> Scan:
             )
         return _scan_csv(root, labelled=labelled)
     raise UserError(f"no such folder: {root} (expected {_layout(labelled)}, a packed set, or a CSV)")
+
+
+def looks_labelled(root: Path) -> bool:
+    """Whether a folder is <class>/<video>/*.jpg rather than <video>/*.jpg, or a CSV has labels: by a first look."""
+    if root.is_file():
+        with root.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            return "label" in (csv.DictReader(stream, skipinitialspace=True).fieldnames or [])
+    deeper = False
+    for folder in sorted(_folders_in(os.path.realpath(root), "", Strays())[0])[:_LOOKS]:
+        below, files = _folders_in(os.path.realpath(root), folder, Strays())
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
+            return False
+        deeper = deeper or bool(below)
+    return deeper
 
 
 def _layout(labelled: bool) -> str:
