@@ -6,6 +6,8 @@ from its reverse; attention pooling weighs frames but does not know their order 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,6 +173,10 @@ class FrameViT(nn.Module):
     def head_names(self) -> set[str]:
         """Names of the classifier's parameters."""
         return {"head.weight", "head.bias"}
+
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint says of the model beside the settings, in plain types."""
+        return {"name": "frame_vit"}
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ closed gates (0) the model is the timm ViT averaged over time, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +162,10 @@ class LSViT(nn.Module):
     def head_names(self) -> set[str]:
         """Names of the classifier's parameters."""
         return {"head.weight", "head.bias"}
+
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint says of the model beside the settings, in plain types."""
+        return {"name": "lsvit"}
 
 
 def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int) -> Loaded:

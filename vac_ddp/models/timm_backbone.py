@@ -101,13 +101,14 @@ def _sizes(settings: ModelSettings) -> dict[str, Any]:
         return {}
     if None in numbers or settings.weights is not None:
         raise UserError("model.width, depth and heads are given together, with model.weights=null, or not at all")
-    return {
+    given = {
         "embed_dim": settings.width,
         "depth": settings.depth,
         "num_heads": settings.heads,
         "mlp_ratio": settings.mlp_ratio,
         "patch_size": settings.patch,
     }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def is_plain_vit(model: nn.Module) -> bool:
@@ -211,21 +212,18 @@ def backbone_depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
 
     ViT: 0 embedding, i + 1 block i, the final norm beside the head. Others: timm's own order of layers.
     """
-    names = [name for name, _ in backbone.named_parameters()]
     if is_plain_vit(backbone):
         top = len(backbone.blocks) + 1
         depths = {}
-        for name in names:
+        for name, _ in backbone.named_parameters():
             part, _, rest = name.partition(".")
             final = part in ("norm", "fc_norm", "attn_pool")
             depths[name] = int(rest.partition(".")[0]) + 1 if part == "blocks" else top if final else 0
         return depths, top + 1
-    from timm.models import group_with_matcher
+    from timm.models import group_parameters
 
-    # A name that no pattern knows lands behind all layers: where the head is.
-    head = "(head)"
-    matched = group_with_matcher([(n, None) for n in [*names, head]], backbone.group_matcher(), reverse=True)
-    return {name: matched[name] for name in names}, matched[head] + 1
+    depths = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    return depths, max(depths.values()) + 2
 
 
 def drop_rates(last: float, blocks: int) -> Tensor:
