@@ -21,6 +21,33 @@ from vac_ddp.settings import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+AT_LEAST_ONE = (
+    "clip.frames",
+    "clip.stride",
+    "clip.size",
+    "train.epochs",
+    "train.global_batch",
+    "train.val_every",
+    "augment.repeats",
+    "log.every_steps",
+    "checkpoint.keep",
+    "health.max_bad_steps",
+    "predict.save_every",
+    "data.prefetch",
+)
+
+SHARES = (
+    "data.val_fraction",
+    "augment.flip",
+    "augment.erase",
+    "augment.mix_probability",
+    "augment.mix_switch",
+    "data.max_damaged",
+    "train.label_smoothing",
+    "model.drop_path",
+    "model.head_dropout",
+)
+
 
 @dataclass(kw_only=True)
 class CommandLine:
@@ -314,34 +341,11 @@ def check(config: Config) -> None:
         if not condition:
             raise UserError(message)
 
-    for name in [
-        "clip.frames",
-        "clip.stride",
-        "clip.size",
-        "train.epochs",
-        "train.global_batch",
-        "train.val_every",
-        "augment.repeats",
-        "log.every_steps",
-        "checkpoint.keep",
-        "health.max_bad_steps",
-        "predict.save_every",
-        "data.prefetch",
-    ]:
+    for name in AT_LEAST_ONE:
         group, last = name.split(".")
         value = getattr(getattr(c, group), last)
         need(value >= 1, f"{name}={value}: must be at least 1")
-    for name in [
-        "data.val_fraction",
-        "augment.flip",
-        "augment.erase",
-        "augment.mix_probability",
-        "augment.mix_switch",
-        "data.max_damaged",
-        "train.label_smoothing",
-        "model.drop_path",
-        "model.head_dropout",
-    ]:
+    for name in SHARES:
         group, last = name.split(".")
         value = getattr(getattr(c, group), last)
         need(0 <= value <= 1, f"{name}={value}: must lie between 0 and 1")
@@ -365,10 +369,6 @@ def check(config: Config) -> None:
     need(
         c.train.ema_decay is None or 0 < c.train.ema_decay < 1, f"train.ema_decay={c.train.ema_decay}: between 0 and 1"
     )
-    if c.data.fold is not None:
-        k, slash, total = c.data.fold.partition("/")
-        good = bool(slash) and k.isdigit() and total.isdigit() and int(total) >= 2 and 1 <= int(k) <= int(total)
-        need(good, f"data.fold={c.data.fold}: expected k/K with 1 <= k <= K and K >= 2, as 1/5")
     need(not (c.data.fold and c.data.val), "data.fold and data.val exclude each other: set one of them to null")
     need(
         c.model.size is None or c.model.weights is None,

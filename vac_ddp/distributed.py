@@ -5,6 +5,7 @@ Without torchrun (no RANK in the environment) everything works in one process, w
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
@@ -68,6 +69,41 @@ def start(device: torch.device, *, timeout_s: float) -> None:
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
+
+
+def set_timeout(timeout_s: float, group: dist.ProcessGroup | None = None) -> None:
+    """Change the longest wait of later collectives."""
+    if not active():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout, group)
+    else:  # torch before 2.15 has it under a private name only
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def side_store(prefix: str) -> Any:
+    """A connection of its own to the store of the process group, safe to use from a thread; None without a group."""
+    if not active():
+        return None
+    return dist.PrefixStore(f"vac_ddp/{prefix}", dist.distributed_c10d._get_default_store().clone())
+
+
+def report_cause(text: str) -> None:
+    """Leave the first cause of a failure where the other ranks find it; later ones are not first."""
+    if active():
+        with contextlib.suppress(RuntimeError):
+            dist.distributed_c10d._get_default_store().compare_set("vac_ddp/cause", "", text)
+
+
+def first_cause() -> str | None:
+    """What the first rank that failed had said, if it could."""
+    if active():
+        with contextlib.suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            if store.check(["vac_ddp/cause"]):
+                return store.get("vac_ddp/cause").decode()
+    return None
 
 
 def control_group(*, timeout_s: float) -> dist.ProcessGroup | None:

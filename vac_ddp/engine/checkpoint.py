@@ -1,0 +1,238 @@
+"""Checkpoints that are whole or absent: numbered by step, hashed, written in the background by rank 0.
+
+`step-00000120.pt` holds plain tensors, numbers and strings (`torch.load(weights_only=True)`); its JSON companion of the
+same name holds size, SHA-256 and what a person wants to know. A checkpoint without a companion does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from vac_ddp import files
+from vac_ddp.errors import UserError
+
+NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+class _Hashing:
+    """A file that hashes what passes through it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.sha256, self.size = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self.stream.write(data)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> tuple[int, str]:
+    """Write `state` by torch.save, atomically; returns (size in bytes, SHA-256)."""
+    made: list[_Hashing] = []
+
+    def save(stream: BinaryIO) -> None:
+        made.append(_Hashing(stream))
+        torch.save(state, made[0])
+
+    files.write_atomic(path, save)
+    return made[0].size, made[0].sha256.hexdigest()
+
+
+def write(folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step`: first the tensors, then the companion that makes it count."""
+    path = folder / f"step-{step:08d}.pt"
+    with contextlib.suppress(FileNotFoundError):
+        path.with_suffix(".json").unlink()
+    size, digest = write_tensors(path, state)
+    files.write_json(path.with_suffix(".json"), {**facts, "step": step, "bytes": size, "sha256": digest})
+    return path
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by step, oldest first; without those that have no companion."""
+    if not folder.is_dir():
+        return []
+    found = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
+    return sorted(entry for entry in found if entry.with_suffix(".json").exists())
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, facts) of a checkpoint, checked by size and hash. UserError where it is missing or damaged."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        size, digest = int(facts["bytes"]), str(facts["sha256"])
+    except FileNotFoundError:
+        where = "no such file" if not path.exists() else f"{path.with_suffix('.json').name} beside it is missing"
+        raise UserError(f"checkpoint {path}: {where}; give run.resume=auto or another checkpoint") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"checkpoint {path}: its companion {path.with_suffix('.json').name} is damaged") from error
+    if not path.exists():
+        raise UserError(f"checkpoint {path}: no such file; give run.resume=auto or another checkpoint")
+    if path.stat().st_size != size:
+        raise UserError(f"checkpoint {path} is damaged: {path.stat().st_size} bytes, {size} were written")
+    if files.sha256(path) != digest:
+        raise UserError(f"checkpoint {path} is damaged: its SHA-256 is not the one that was written")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True), facts
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """The newest checkpoint that is whole; a damaged one is named through `say` and the one before it is taken.
+
+    None where there has never been one. UserError where there are some and none is whole.
+    """
+    paths = numbered(folder)
+    for path in reversed(paths):
+        try:
+            return (path, *read(path))
+        except UserError as error:
+            say(f"{error}; the one before it is used")
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; run.overwrite=true starts anew")
+    return None
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a nested state on the CPU that later steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: snapshot(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(v) for v in value)
+    return value
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """UserError where `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free and the checkpoints need {needed / 1e9:.2f} GB: "
+            "free some, lower checkpoint.keep, or set run.dir elsewhere"
+        )
+
+
+@dataclass(kw_only=True)
+class Saved:
+    """How the save that was in flight ended."""
+
+    step: int
+    seconds: float
+    error: str | None
+
+
+class Writer:
+    """Writes one checkpoint at a time in a thread of rank 0. The next save, and the end, wait for the one before."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.thread: threading.Thread | None = None
+        self.result: Saved | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(
+        self, step: int, state: dict[str, Any], facts: dict[str, Any], *, best: tuple[Path, dict[str, Any]] | None
+    ) -> None:
+        """Begin to write a snapshot (already on the CPU); `best` is (path, content) of a best file to write first."""
+        assert self.thread is None, "join the save before"
+        self.thread = threading.Thread(target=self._write, args=(step, state, facts, best), name="checkpoint")
+        self.thread.start()
+
+    def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any], best: Any) -> None:
+        begun = time.monotonic()
+        error = None
+        try:
+            if best is not None:
+                write_tensors(*best)
+            write(self.folder, step, state, facts)
+            self._drop_old()
+        except OSError as problem:
+            error = f"{problem.strerror or problem} ({self.folder})"
+        except RuntimeError as problem:  # torch.save turns a failed write into its own error
+            error = f"{' '.join(str(problem).split())[:200]} ({self.folder})"
+        self.result = Saved(step=step, seconds=time.monotonic() - begun, error=error)
+
+    def _drop_old(self) -> None:
+        for path in numbered(self.folder)[: -self.keep]:
+            with contextlib.suppress(OSError):
+                path.with_suffix(".json").unlink()
+                path.unlink()
+
+    def poll(self) -> Saved | None:
+        """The result of a save that has ended since the last call, without waiting."""
+        return self.join() if self.thread is not None and not self.thread.is_alive() else None
+
+    def join(self) -> Saved | None:
+        """Wait for the save in flight; its result, or None where there was none."""
+        if self.thread is None:
+            return None
+        self.thread.join()
+        self.thread = None
+        result, self.result = self.result, None
+        if result is None:
+            return Saved(step=-1, seconds=0.0, error="the writing thread died")
+        return result
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what a killed writer left: partial files, and tensors without a companion."""
+    if not folder.is_dir():
+        return []
+    swept = files.sweep_partials(folder)
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name) and not path.with_suffix(".json").exists():
+            with contextlib.suppress(OSError):
+                path.unlink()
+                swept.append(path)
+    return swept
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in a nested state."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(state_bytes, state.values()))
+    return sum(map(state_bytes, state)) if isinstance(state, list | tuple) else 0
+
+
+def revision() -> str | None:
+    """The commit of the code, where it runs from a git checkout."""
+    head = Path(__file__).resolve().parents[2] / ".git" / "HEAD"
+    with contextlib.suppress(OSError):
+        text = head.read_text(encoding="utf-8").strip()
+        if not text.startswith("ref: "):
+            return text
+        return (head.parent / text.removeprefix("ref: ")).read_text(encoding="utf-8").strip()
+    return None
+
+
+def environment_facts() -> dict[str, Any]:
+    """What bit-for-bit equality of a resumed run depends on, beside the settings."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }

@@ -1,0 +1,389 @@
+"""The epochs: steps, agreement, log, validation, checkpoints. Everything in it happens on all ranks alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vac_ddp import distributed
+from vac_ddp.data.loader import Batch
+from vac_ddp.engine import checkpoint, health
+from vac_ddp.engine.signals import Agreed, Agreement, StopRequest, signal_name
+from vac_ddp.engine.step import Stepper
+from vac_ddp.engine.stopping import Stopping
+from vac_ddp.errors import Interrupted
+
+
+class Tracker(Protocol):
+    """What the loop needs of `report.tracker.Tracker`."""
+
+    wandb_id: str | None
+
+    def say(self, text: str, *, everywhere: bool = False) -> None:
+        """A line for people."""
+
+    def write(self, kind: str, step: int, **figures: Any) -> None:
+        """A line for programs."""
+
+    def progress(self, phase: str, total: int, done: int = 0) -> None:
+        """Begin a bar."""
+
+    def advance(self, **shown: float) -> None:
+        """Move the bar."""
+
+    def end_progress(self) -> None:
+        """Take the bar away."""
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Where a run is. Steps count optimizer steps that were attempted, from 0."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    schedule_step: int = 0
+    validation_due: bool = False
+    stopped_early: bool = False
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Sums over samples since the last line, or since the epoch began. Saved, so that a resumed run prints the same."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    samples: int = 0
+
+    def add(self, summary: health.Summary) -> None:
+        """Take in the finite samples of some steps."""
+        self.loss += summary.loss * summary.finite
+        self.correct += summary.accuracy * summary.finite
+        self.samples += summary.finite
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """Loss and accuracy a sample; nothing where there was none."""
+        if not self.samples:
+            return {}
+        return {f"{prefix}loss": self.loss / self.samples, f"{prefix}accuracy": self.correct / self.samples}
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """Figures of the validation part, the same on every rank; `detail` (per class, confusion) on rank 0 only."""
+
+    top1: float
+    loss: float
+    figures: dict[str, float]
+    detail: dict[str, Any] | None = None
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """A training run that is ready to go."""
+
+    stepper: Stepper
+    loader: Callable[[int, int], Iterator[Batch]]  # (epoch, first step) -> loads of this rank
+    loads_of_step: Callable[[int], int]  # (step in epoch) -> loads of this rank
+    samples_of_step: Callable[[int], int]  # (step in epoch) -> clips of all ranks
+    steps_per_epoch: int
+    total_steps: int
+    epochs: int
+    rate: Callable[[int], float]
+    damaged: Callable[[], int]  # damaged frames that this rank's loaders have met so far
+    validate: Callable[[Callable[[], bool]], Validation | None] | None
+    best_content: Callable[[Validation | None], dict[str, Any]]
+    best_path: Path
+    facts: dict[str, Any]
+    writer: checkpoint.Writer | None
+    tracker: Tracker
+    stop: StopRequest
+    agreement: Agreement
+    stopping: Stopping
+    pulse: health.Pulse
+    position: Position = field(default_factory=Position)
+    last_save: float = field(default_factory=time.monotonic)
+    bad_in_row: int = 0
+    save_failed: bool = False
+    timeouts_short: bool = False
+    since_line: Tally = field(default_factory=Tally)
+    since_epoch: Tally = field(default_factory=Tally)
+
+    # ------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Train to the end. Raises Interrupted after saving where somebody asked to stop."""
+        where = self.position
+        self.stepper.warm_up()
+        if where.validation_due:
+            self._end_epoch()
+        while where.step < self.total_steps and not where.stopped_early:
+            self._epoch()
+            self._end_epoch()
+        self._join_save()
+        distributed.raise_together(None)
+
+    def _epoch(self) -> None:
+        where, config = self.position, self.stepper.config
+        self.tracker.progress(f"epoch {where.epoch + 1}/{self.epochs}", self.steps_per_epoch, where.step_in_epoch)
+        loads = self.loader(where.epoch, where.step_in_epoch)
+        mark = time.perf_counter()
+        waited = 0.0
+        while where.step_in_epoch < self.steps_per_epoch and where.step < self.total_steps:
+            began = time.perf_counter()
+            batches = [next(loads) for _ in range(self.loads_of_step(where.step_in_epoch))]
+            waited += time.perf_counter() - began
+            for batch in batches:
+                self.damage(batch.damage)
+            self.stepper.run(
+                batches,
+                step=where.step,
+                samples=self.samples_of_step(where.step_in_epoch),
+                lr=self.rate(where.schedule_step),
+                began=began,
+            )
+            where.schedule_step += self._stepped()
+            where.step += 1
+            where.step_in_epoch += 1
+            self.pulse.step = where.step
+            if not self.timeouts_short:
+                distributed.set_timeout(config.health.timeout_s)
+                self.timeouts_short = True
+            agreed = self._agree()
+            if self._log_due():
+                self._log(time.perf_counter() - mark, waited)
+                mark, waited = time.perf_counter(), 0.0
+            else:
+                if self._health_due():
+                    self._read_records()
+                self.tracker.advance()
+            every = config.health.checksum_every
+            if every and where.step % every == 0:
+                health.check_same_weights(self.stepper.model, where.step)
+            self._answer(agreed)
+        self._read_records()
+        where.epoch += 1
+        where.step_in_epoch = 0
+        where.validation_due = True
+
+    def _stepped(self) -> int:
+        """1 where the schedule goes on. In fp16 a skipped step does not count, and only there is it known at once."""
+        if self.stepper.scaler is None:
+            return 1
+        return int(not bool(self.stepper.records[-1].found_inf))
+
+    def damage(self, lines: list[str]) -> None:
+        """Say what a loader met; it names each damaged frame once."""
+        for line in lines:
+            self.tracker.say(line, everywhere=True)
+
+    # ------------------------------------------------------------ agreement
+
+    def _agree(self) -> Agreed:
+        minutes = self.stepper.config.checkpoint.every_minutes
+        due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+        if self.writer is not None:
+            self._take(self.writer.poll())
+        failed, self.save_failed = self.save_failed, False
+        wanted = self.writer is not None and due
+        return self.agreement.exchange(stop=self.stop.wanted(), save=wanted, save_failed=failed)
+
+    def _answer(self, agreed: Agreed) -> None:
+        where = self.position
+        if agreed.save_failed:
+            self._save_has_failed()
+        if agreed.stop:
+            self._interrupt(agreed.stop)
+        every = self.stepper.config.checkpoint.every_steps
+        if agreed.save or (every and where.step % every == 0):
+            self.save()
+
+    def _interrupt(self, number: int) -> None:
+        """Save, tell all how it went, and leave by Interrupted."""
+        where = self.position
+        self.tracker.end_progress()
+        self.tracker.say(f"{signal_name(number)}: saving at step {where.step} and ending")
+        self.save()
+        failed = self._join_save()
+        if failed:
+            raise RuntimeError(f"stopped by {signal_name(number)} and could not save: {failed}")
+        raise Interrupted(
+            f"stopped by {signal_name(number)} at step {where.step}, saved; start the same command with "
+            "run.resume=auto to go on",
+            step=where.step,
+        )
+
+    def _save_has_failed(self) -> None:
+        if self.stepper.config.checkpoint.on_failure == "stop":
+            raise RuntimeError("a checkpoint could not be written (rank 0 says why); checkpoint.on_failure=stop")
+        self.tracker.say("rank 0 could not write a checkpoint; going on, the one before still counts", everywhere=True)
+
+    # ------------------------------------------------------------ log
+
+    def _log_due(self) -> bool:
+        config = self.stepper.config
+        return self.position.step % config.log.every_steps == 0 or self.position.step == self.total_steps
+
+    def _health_due(self) -> bool:
+        """Long gaps between lines must not hide that steps are skipped."""
+        return len(self.stepper.records) >= self.stepper.config.health.max_bad_steps
+
+    def _log(self, seconds: float, waited: float) -> None:
+        where = self.position
+        summary = self._read_records()
+        assert summary is not None, "a line is due after a step"
+        means = self.since_line.means()
+        self.tracker.write(
+            "train",
+            where.step,
+            epoch=where.epoch,
+            **means,
+            lr=summary.lr,
+            grad_norm=summary.norm,
+            clips_per_s=summary.samples / max(seconds, 1e-9),
+            data_wait=waited / max(seconds, 1e-9),
+        )
+        self.since_line = Tally()
+        self.tracker.advance(**means)
+
+    def _read_records(self) -> health.Summary | None:
+        """Take what the last steps left on the devices into the tallies, and look after the health of all ranks."""
+        where, config, records = self.position, self.stepper.config, list(self.stepper.records)
+        if not records:
+            return None
+        self.stepper.records.clear()
+        summary = health.summarise(records, self.stepper.device)
+        self.since_line.add(summary)
+        self.since_epoch.add(summary)
+        if summary.bad_steps:
+            line = health.describe_bad(summary)
+            self.tracker.say(line)
+            self.tracker.write(
+                "event", where.step, event="non-finite", steps=summary.bad_steps, samples=summary.bad_samples
+            )
+        for record in records:
+            self.bad_in_row = self.bad_in_row + 1 if record.step in summary.bad_steps else 0
+            if self.bad_in_row >= config.health.max_bad_steps and self.stepper.scaler is None:
+                raise RuntimeError(
+                    f"{self.bad_in_row} steps in a row were not finite; {line}: "
+                    "lower optim.lr, set optim.clip_norm, or look at these samples"
+                )
+        for rank in health.slow_ranks(summary.busy_s, config.health.slow_factor):
+            times = summary.busy_s[rank] / max(1e-9, health.median_of_others(summary.busy_s, rank))
+            self.tracker.say(f"rank {rank} is slow: {times:.1f} times the work time of the others")
+        return summary
+
+    # ------------------------------------------------------------ the end of an epoch
+
+    def _end_epoch(self) -> None:
+        where, config = self.position, self.stepper.config
+        self.tracker.end_progress()
+        last = where.step >= self.total_steps
+        best = False
+        validation = None
+        if self.validate is not None and (last or where.epoch % config.train.val_every == 0):
+            validation = self.validate(self._stop_now)
+            if validation is None:
+                self._interrupt(self._stop_number)
+            assert validation is not None
+            best, where.stopped_early = distributed.broadcast_object(
+                self.stopping.update(validation.top1, where.epoch) if distributed.is_main() else None
+            )
+            if not distributed.is_main():
+                self.stopping.update(validation.top1, where.epoch)
+        elif self.validate is None and last:
+            best = True
+        where.validation_due = False
+        self._say_epoch(validation, best)
+        if where.stopped_early:
+            self.tracker.say(f"no better validation accuracy for {self.stopping.since_best} validations: ending early")
+        self.save(best=(self.best_path, validation) if best else None)
+
+    def _stop_now(self) -> bool:
+        self._stop_number = self.agreement.now(stop=self.stop.wanted())
+        return self._stop_number > 0
+
+    def _say_epoch(self, validation: Validation | None, best: bool) -> None:
+        where = self.position
+        damaged = sum(distributed.all_gather_objects(self.damaged()))
+        parts = [f"epoch {where.epoch:>3}/{self.epochs}", f"step {where.step:>5}"]
+        entry: dict[str, Any] = {"epoch": where.epoch, **self.since_epoch.means("train_")}
+        if self.since_epoch.samples:
+            parts.append(f"train loss {entry['train_loss']:.4f} acc {entry['train_accuracy']:.3f}")
+        if validation is not None:
+            entry |= {f"val_{name}": value for name, value in validation.figures.items()}
+            parts.append(f"val loss {validation.loss:.4f} acc {validation.top1:.3f}")
+        if damaged:
+            entry["damaged_frames"] = damaged
+            parts.append(f"{damaged} damaged frames")
+        self.tracker.say("  ".join(parts) + ("  best" if best and validation is not None else ""))
+        self.tracker.write("epoch", where.step, **entry, best=best)
+        self.since_epoch = Tally()
+
+    # ------------------------------------------------------------ saving
+
+    def state(self) -> dict[str, Any]:
+        """Everything a run goes on from, as plain values. A collective."""
+        self._read_records()
+        stepper = self.stepper
+        optimizer = stepper.optimizer
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict(to=0)
+        state = optimizer.state_dict() if distributed.is_main() else {}
+        return {
+            "model": stepper.model.state_dict(),
+            "ema": stepper.ema.module.state_dict() if stepper.ema is not None else None,
+            "optimizer": state,
+            "scaler": stepper.scaler.state_dict() if stepper.scaler is not None else None,
+            "position": asdict(self.position),
+            "stopping": self.stopping.state(),
+            "tallies": {"since_line": asdict(self.since_line), "since_epoch": asdict(self.since_epoch)},
+            "bad_in_row": self.bad_in_row,
+            "random": torch.get_rng_state(),
+            "wandb_id": self.tracker.wandb_id,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over position and counters of a saved state; model, average and optimizer are loaded elsewhere."""
+        self.position = Position(**state["position"])
+        self.stopping.restore(state["stopping"])
+        self.since_line = Tally(**state["tallies"]["since_line"])
+        self.since_epoch = Tally(**state["tallies"]["since_epoch"])
+        self.bad_in_row = state["bad_in_row"]
+        torch.set_rng_state(state["random"])
+
+    def save(self, best: tuple[Path, Validation | None] | None = None) -> None:
+        """Snapshot on all ranks, write in the background on rank 0."""
+        failed = self._join_save()
+        if failed:
+            self._save_has_failed()
+        state = self.state()
+        self.last_save = time.monotonic()
+        if self.writer is None:
+            return
+        content = None
+        if best is not None:
+            content = (best[0], checkpoint.snapshot(self.best_content(best[1])))
+        facts = {**self.facts, "epoch": self.position.epoch, "saved": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        self.writer.start(self.position.step, checkpoint.snapshot(state), facts, best=content)
+
+    def _take(self, result: checkpoint.Saved | None) -> None:
+        if result is None or result.error is None:
+            return
+        self.save_failed = True
+        self._save_error = result.error
+        self.tracker.say(f"checkpoint of step {result.step} could not be written: {result.error}")
+
+    def _join_save(self) -> str | None:
+        """Wait for the save in flight, and tell every rank what went wrong with it."""
+        error = None
+        if self.writer is not None:
+            self._take(self.writer.join())
+            if self.save_failed:
+                error, self.save_failed = self._save_error, False
+        return distributed.broadcast_object(error)

@@ -1,0 +1,35 @@
+"""Train: `torchrun --nproc_per_node=4 -m vac_ddp.train [--config FILE] [group.name=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from vac_ddp import config, distributed
+from vac_ddp.status import run_door
+
+ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many GPUs."
+
+
+def train(argv: list[str]) -> dict[str, Any] | None:
+    """Parse, build, run, close. Returns the run directory and the last step."""
+    command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
+    from vac_ddp import job  # torch and its friends: only once the settings are known to be good
+
+    device = distributed.pick_device()
+    distributed.start(device, timeout_s=command.config.health.start_timeout_s)
+    if command.debug:
+        job.debug_data(command.config, command.given)
+    with job.open_job(command.config, device) as opened:
+        opened.loop.run()
+        opened.finish()
+        return opened.facts()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit statuses are in `errors`."""
+    return run_door(train, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
