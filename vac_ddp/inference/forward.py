@@ -1,0 +1,158 @@
+"""Clips through the model: forward passes of full size over the clips of neighbouring videos, logits a video."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vac_ddp.data.augment import normalise
+from vac_ddp.data.loader import TestBatch
+from vac_ddp.errors import UserError
+
+AUTO_CLIPS = {"cpu": 8, "cuda": 64}  # a GPU that cannot hold them gets half as many until it can
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """The model and how clips go through it."""
+
+    model: nn.Module
+    device: torch.device
+    autocast: torch.dtype | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    clips_per_gpu: int | str
+
+
+@dataclass(kw_only=True)
+class Scored:
+    """One video: its number, logits (n, K) float32 (None where nothing could be decoded), damaged frames by name."""
+
+    video: int
+    logits: np.ndarray | None
+    damage: list[str]
+
+
+def scored_videos(scorer: Scorer, batches: Iterable[TestBatch]) -> Iterator[Scored]:
+    """Send the clips of the videos, one video a batch, through the model in forward passes of full size.
+
+    Clips of neighbouring videos share a pass, so that the last pass alone is short. Videos come out in their order.
+    """
+    size = scorer.clips_per_gpu if isinstance(scorer.clips_per_gpu, int) else AUTO_CLIPS[scorer.device.type]
+    stream = _Stream(scorer, size)
+    waiting: deque[tuple[int, int, list[str]]] = deque()
+    scorer.model.eval()
+    for batch in batches:
+        (clips,), decoded = batch.clips, bool(batch.decoded)
+        waiting.append((int(batch.videos), len(clips) if decoded else 0, batch.damage))
+        if decoded:
+            stream.put(clips)
+        yield from _ready(waiting, stream)
+    stream.flush()
+    yield from _ready(waiting, stream)
+
+
+def _ready(waiting: deque[tuple[int, int, list[str]]], stream: _Stream) -> Iterator[Scored]:
+    while waiting and stream.available() >= waiting[0][1]:
+        video, count, damage = waiting.popleft()
+        yield Scored(video=video, logits=stream.take(count) if count else None, damage=damage)
+
+
+class _Stream:
+    """Clips in, logits out, in the same order; one pass is under way on a GPU while the one before is read."""
+
+    def __init__(self, scorer: Scorer, size: int) -> None:
+        self.scorer = scorer
+        self.views = 2 if scorer.flip else 1
+        self.size = size
+        self._clips: deque[Tensor] = deque()
+        self._count = 0
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._logits: deque[np.ndarray] = deque()
+        self._have = 0
+
+    def put(self, clips: Tensor) -> None:
+        """Add clips (C, T, S, S, 3) uint8."""
+        self._clips.append(clips.to(self.scorer.device, non_blocking=True))
+        self._count += len(clips)
+        while self._count * self.views >= self.size:
+            self._forward(max(1, self.size // self.views))
+            self._collect(keep=1)
+
+    def flush(self) -> None:
+        """Send what is left through the model."""
+        while self._count:
+            self._forward(min(self._count, max(1, self.size // self.views)))
+        self._collect(keep=0)
+
+    def available(self) -> int:
+        """Clips whose logits are there."""
+        return self._have
+
+    def take(self, count: int) -> np.ndarray:
+        """Logits (count * views, K) float32 of the next `count` clips, each with its mirrored one behind it."""
+        taken = []
+        while count:
+            rows = self._logits.popleft()
+            taken.append(rows[:count])
+            if len(rows) > count:
+                self._logits.appendleft(rows[count:])
+            count -= len(taken[-1])
+            self._have -= len(taken[-1])
+        return np.concatenate(taken).reshape(-1, taken[0].shape[-1])
+
+    def _forward(self, count: int) -> None:
+        taken = []
+        while count:
+            clips = self._clips.popleft()
+            taken.append(clips[:count])
+            if len(clips) > count:
+                self._clips.appendleft(clips[count:])
+            count -= len(taken[-1])
+        clips = torch.cat(taken) if len(taken) > 1 else taken[0]
+        self._count -= len(clips)
+        if self.views == 2:
+            clips = torch.stack([clips, clips.flip(-2)], dim=1).flatten(0, 1)
+        logits = self._logits_of(clips).unflatten(0, (-1, self.views))
+        if logits.is_cuda:
+            host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+            host.copy_(logits, non_blocking=True)
+            self._under_way.append((host, torch.cuda.current_stream().record_event()))
+        else:
+            self._under_way.append((logits, None))
+
+    def _logits_of(self, clips: Tensor) -> Tensor:
+        """Float32 logits (B, K) of clips (B, T, S, S, 3) uint8; halves the pass where the GPU is too small for it."""
+        while True:
+            try:
+                return torch.cat([self._pass(part) for part in clips.split(self.size)])
+            except torch.OutOfMemoryError:
+                if self.scorer.clips_per_gpu != "auto" or self.size == 1:
+                    raise UserError(
+                        f"CUDA out of memory with {self.size} clips in a pass: lower predict.clips_per_gpu, or use "
+                        "train.precision=bf16"
+                    ) from None
+            self.size = max(1, self.size // 2)
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _pass(self, clips: Tensor) -> Tensor:
+        scorer = self.scorer
+        pixels = normalise(clips, scorer.mean, scorer.std, torch.float32)
+        enabled = scorer.autocast is not None
+        with torch.autocast(scorer.device.type, dtype=scorer.autocast or torch.bfloat16, enabled=enabled):
+            return scorer.model(pixels).float()
+
+    def _collect(self, *, keep: int) -> None:
+        while len(self._under_way) > (keep if self.scorer.device.type == "cuda" else 0):
+            logits, event = self._under_way.popleft()
+            if event is not None:
+                event.synchronize()
+            self._logits.append(logits.numpy())
+            self._have += len(logits)
