@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from torch import nn
 
 from vac_ddp.errors import UserError
-from vac_ddp.models import videomae
-from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator
+from vac_ddp.models import pretrained, sources, videomae
+from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
 from vac_ddp.settings import ClipSettings, ModelSettings
-
-# width, depth, heads, MLP ratio, patch (VideoMAE, table of Appendix A; giant from V2)
-SIZES = {
-    "small": (384, 12, 6, 4.0, 16),
-    "base": (768, 12, 12, 4.0, 16),
-    "large": (1024, 24, 16, 4.0, 16),
-    "huge": (1280, 32, 16, 4.0, 16),
-    "giant": (1408, 40, 16, 48 / 11, 14),
-}
 
 
 def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int) -> Loaded:
     """Build the model that the settings name and give it its weights; `settings.weights=None` draws them from `seed`.
 
+    Checkpoints of ours come back bit for bit, with the classifier where the classes are the same.
     Raises UserError when weights cannot be had, lack a part of the backbone, or do not fit.
     """
-    if settings.name == "lsvit":
-        from vac_ddp.models import lsvit
-
-        return lsvit.load(settings, clip, classes, seed=seed)
-    if settings.name == "frame_vit":
-        from vac_ddp.models import frame_vit
-
-        return frame_vit.load(settings, clip, classes, seed=seed)
-    if settings.name == "hf":
-        from vac_ddp.models import hf
-
-        return hf.load(settings, clip, classes, seed=seed)
-    if settings.weights is not None:
-        raise UserError("model.weights: loading is not there yet")
-    return _videomae_from_scratch(settings, clip, len(classes), seed)
+    own = None
+    if settings.weights is not None and (settings.name == "videomae" or sources.is_own(settings.weights)):
+        own = sources.open_source(settings.weights, revision=settings.revision)
+        _refuse_other_model(own, settings)
+    if settings.name != "videomae":
+        if own is not None and own.own:
+            return _load_own(own, settings, clip, classes, seed=seed)
+        return _build_other(settings, clip, len(classes), seed=seed)
+    if own is not None:
+        return pretrained.load_videomae(own, settings, clip, classes, seed=seed)
+    model = build_model(settings, clip, len(classes), seed=seed)
+    mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
+    report = LoadReport(source="none", missing=list(model.state_dict()), mean=mean, std=std)
+    report.pooling, report.head = "mean of the tokens", f"drawn for {len(classes)} classes"
+    return Loaded(model=model, report=report, mean=mean, std=std)
 
 
 def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int = 0) -> nn.Module:
-    """The model of the settings with weights drawn from `seed`, whatever `settings.weights` says."""
-    return _videomae_from_scratch(settings, clip, num_classes, seed).model
+    """The model of the settings' sizes with weights drawn from `seed`; `settings.weights` is not looked at."""
+    if settings.name != "videomae":
+        return _build_other(dataclasses.replace(settings, weights=None), clip, num_classes, seed=seed).model
+    arch = architecture_of(settings, clip)
+    model = videomae.empty_model(arch, num_classes, drop_path=settings.drop_path, head_dropout=settings.head_dropout)
+    videomae.init_weights(model, generator(seed), head_scale=settings.head_init_scale)
+    return model
 
 
 def architecture_of(settings: ModelSettings, clip: ClipSettings) -> videomae.Architecture:
-    """The VideoMAE that the sizes in the settings describe: by name, by numbers, or by both."""
-    named = SIZES.get(settings.size or "", (None, None, None, 4.0, 16))
-    asked = (settings.width, settings.depth, settings.heads, settings.mlp_ratio, settings.patch)
-    width, depth, heads, ratio, patch = (
-        own if own is not None else by_name for own, by_name in zip(asked, named, strict=True)
-    )
+    """The VideoMAE that the sizes in the settings describe: by name, by numbers, or by both (numbers go first)."""
+    width, depth, heads, mlp, patch = pretrained.SIZES.get(settings.size or "", (None, None, None, None, 16))
+    width, depth, heads = settings.width or width, settings.depth or depth, settings.heads or heads
     if width is None or depth is None or heads is None:
         raise UserError(
             "model.weights=null trains from nothing and needs sizes: give model.size=small (base, large, huge, giant) "
@@ -60,33 +57,78 @@ def architecture_of(settings: ModelSettings, clip: ClipSettings) -> videomae.Arc
         )
     if width % heads or width % 2:
         raise UserError(f"model.width={width} is no even multiple of model.heads={heads}")
+    if mlp is None or settings.width is not None or settings.mlp_ratio is not None:
+        mlp = round(width * (settings.mlp_ratio or 4.0))
+    patch = settings.patch or patch
     return videomae.Architecture(
         width=width,
         depth=depth,
         heads=heads,
-        mlp=round(width * ratio),
+        mlp=mlp,
         patch=patch,
         tubelet=settings.tubelet,
         eps=1e-6 if settings.norm_eps is None else settings.norm_eps,
-        grids=(grid_of(clip, tubelet=settings.tubelet, patch=patch),),
+        grids=(videomae.grid_of(clip, tubelet=settings.tubelet, patch=patch),),
     )
 
 
-def grid_of(clip: ClipSettings, *, tubelet: int, patch: int) -> videomae.Grid:
-    """Tokens along (time, height, width) of a clip."""
-    if clip.frames % tubelet:
-        raise UserError(f"clip.frames={clip.frames} is no multiple of the tubelet's {tubelet} frames")
-    if clip.size % patch:
-        raise UserError(f"clip.size={clip.size} is no multiple of the patch's {patch} pixels")
-    return clip.frames // tubelet, clip.size // patch, clip.size // patch
+def _build_other(
+    settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int, saved: dict[str, Any] | None = None
+) -> Loaded:
+    """The other architectures, imported when they are asked for: each brings a heavy library."""
+    if settings.name == "lsvit":
+        from vac_ddp.models.lsvit import build_lsvit
+
+        return build_lsvit(settings, clip, num_classes, seed=seed)
+    if settings.name == "frame_vit":
+        from vac_ddp.models.frame_vit import build_frame_vit
+
+        return build_frame_vit(settings, clip, num_classes, seed=seed)
+    if settings.name == "hf":
+        from vac_ddp.models.hf import build_hf
+
+        return build_hf(settings, clip, num_classes, seed=seed, architecture=saved)
+    raise UserError(f"model.name={settings.name} is none of videomae, lsvit, frame_vit, hf")
 
 
-def _videomae_from_scratch(settings: ModelSettings, clip: ClipSettings, num_classes: int, seed: int) -> Loaded:
-    arch = architecture_of(settings, clip)
-    model = videomae.empty_model(arch, num_classes, drop_path=settings.drop_path, head_dropout=settings.head_dropout)
-    videomae.init_weights(model, generator(seed), head_scale=settings.head_init_scale)
-    mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
-    report = LoadReport(
-        source="none", missing=list(model.state_dict()), pooling="mean of the tokens, as the paper", mean=mean, std=std
-    )
-    return Loaded(model=model, report=report, mean=mean, std=std)
+def _refuse_other_model(source: sources.Source, settings: ModelSettings) -> None:
+    saved = (source.architecture or {}).get("name") or (source.config or {}).get("model", {}).get("name")
+    if saved is not None and saved != settings.name:
+        raise UserError(f"{source.path} holds a model of the kind {saved}: set model.name={saved}")
+
+
+# What a checkpoint's config says of its architecture; the rest (drop path, dropout...) is the new run's to choose.
+_OF_ARCHITECTURE = ("backbone", "width", "depth", "heads", "mlp_ratio", "patch", "pooling", "smif", "lmi")
+
+
+def _load_own(
+    source: sources.Source, settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int
+) -> Loaded:
+    """A checkpoint of a model that keeps its own names: all of it fits, but perhaps the classifier."""
+    saved, facts = (source.config or {}).get("model", {}), source.architecture or {}
+    same = {name: saved[name] for name in _OF_ARCHITECTURE if name in saved}
+    mean, std = facts.get("mean") or saved.get("mean"), facts.get("std") or saved.get("std")
+    settings = dataclasses.replace(settings, **same, weights=None, mean=settings.mean or mean, std=settings.std or std)
+    loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture)
+    report = put_own(loaded.model, source, classes)
+    report.mean, report.std, report.normalisation = loaded.mean, loaded.std, "of the run"
+    return Loaded(model=loaded.model, report=report, mean=loaded.mean, std=loaded.std)
+
+
+def put_own(model: nn.Module, source: sources.Source, classes: list[str]) -> LoadReport:
+    """Put a checkpoint's tensors into a freshly built model, bit for bit, and say what became of the classifier."""
+    report = LoadReport(source=source.asked, kind=source.kind, file=str(source.path), sha256=source.sha256)
+    ours, head = model.state_dict(), model.head_names()
+    rows = pretrained.match_classes(source.classes, len(source.classes or []), classes, report)
+    kept = {name: tensor for name, tensor in source.state.items() if rows is not None or name not in head}
+    if rows is not None:
+        kept |= {name: kept[name][rows] for name in head & kept.keys()}
+    drawn = head if rows is None else set()
+    pretrained.refuse_missing(source, sorted(ours.keys() - kept.keys() - drawn))
+    if strange := sorted(kept.keys() - ours.keys()):
+        raise UserError(f"{source.path} is another architecture: there is no place for {some(strange)}")
+    pretrained.refuse_misfits(source, kept, ours)
+    model.load_state_dict(kept, strict=False)
+    report.used, report.missing, report.unused = len(kept), sorted(drawn), sorted(source.state.keys() - kept.keys())
+    report.covered = sum(t.numel() for t in kept.values()) / sum(t.numel() for t in ours.values())
+    return report

@@ -29,7 +29,7 @@ _OUTSIDE = {
     "head": ("head", "classifier"),
 }
 # Where the final norm is when the first token is read instead of the mean.
-_FIRST_TOKEN_NORM = ("norm", "videomae.layernorm")
+FIRST_TOKEN_NORM = ("norm", "videomae.layernorm")
 
 OFFICIAL, HF = 0, 1
 
@@ -38,7 +38,7 @@ def source_names(name: str, layout: int, *, pooling: str = "mean") -> list[tuple
     """Where a tensor of ours may be found: alternatives, each a tuple of names to be stacked."""
     parts = name.split(".")
     if parts[0] != "blocks":
-        where = _FIRST_TOKEN_NORM if parts[0] == "fc_norm" and pooling == "first" else _OUTSIDE[parts[0]]
+        where = FIRST_TOKEN_NORM if parts[0] == "fc_norm" and pooling == "first" else _OUTSIDE[parts[0]]
         return [(f"{where[layout]}.{parts[1]}",)]
     inside, leaf = parts[2], parts[-1]
     if layout == OFFICIAL:
@@ -69,9 +69,9 @@ def to_hf(state: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
 
 def from_source(
     state: dict[str, Tensor], ours: Iterable[str], layout: int, *, pooling: str = "mean"
-) -> tuple[dict[str, Tensor], list[str]]:
-    """A source's tensors under our names, and the names of ours that it has no tensors for."""
-    found, lacking = {}, []
+) -> tuple[dict[str, Tensor], list[str], set[str]]:
+    """A source's tensors under our names, the names of ours that it has none for, and the names that were used."""
+    found, lacking, used = {}, [], set()
     for name in ours:
         choice = next((c for c in source_names(name, layout, pooling=pooling) if all(n in state for n in c)), None)
         if choice is None:
@@ -79,7 +79,8 @@ def from_source(
             continue
         tensor = state[choice[0]] if len(choice) == 1 else torch.cat([state[part] for part in choice])
         found[name] = tensor.flatten(1) if name == "patch_embed.weight" else tensor
-    return found, lacking
+        used.update(choice)
+    return found, lacking, used
 
 
 def layout_of(state: dict[str, Tensor]) -> int | None:

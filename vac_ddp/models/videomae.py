@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vac_ddp.errors import UserError
+from vac_ddp.settings import ClipSettings
+
 Grid = tuple[int, int, int]
 
 
@@ -250,6 +253,15 @@ def empty_model(architecture: Architecture, num_classes: int, **options: float) 
     model.to_empty(device="cpu")
     model._set_buffers()
     return model
+
+
+def grid_of(clip: ClipSettings, *, tubelet: int, patch: int) -> Grid:
+    """Tokens along (time, height, width) of a clip; UserError where tubelets or patches do not fill it."""
+    if clip.frames % tubelet:
+        raise UserError(f"clip.frames={clip.frames} is no multiple of the tubelet's {tubelet} frames")
+    if clip.size % patch:
+        raise UserError(f"clip.size={clip.size} is no multiple of the patch's {patch} pixels")
+    return clip.frames // tubelet, clip.size // patch, clip.size // patch
 
 
 def position_table(grids: Sequence[Grid], width: int) -> Tensor:

@@ -56,7 +56,7 @@ class LoadReport:
             rows.append(("loaded", f"{self.used} tensors, {100 * self.covered:.2f} % of the parameters"))
         for title, items in (("drawn anew", self.missing), ("not used", self.unused), ("reshaped", self.reshaped)):
             if items and self.used:
-                rows.append((title, _some(items)))
+                rows.append((title, some(items)))
         for title in ("qv_biases", "head", "pooling", "positions", "eps"):
             if value := getattr(self, title):
                 rows.append((title.replace("qv_biases", "q, v biases"), value))
@@ -66,7 +66,8 @@ class LoadReport:
         return [f"{title:<12} {text}" for title, text in rows]
 
 
-def _some(items: list[str], limit: int = 6) -> str:
+def some(items: list[str], limit: int = 6) -> str:
+    """A count and the first few of many names."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return f"{len(items)}: {', '.join(items[:limit])}{more}"
 
@@ -85,8 +86,9 @@ class Loaded:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What the checkpoint needs beside the tensors: the model's own account, mean and std."""
-        return {**self.model.architecture(), "mean": list(self.mean), "std": list(self.std)}
+        """What the checkpoint needs beside the tensors: the model's own account (if it has one), mean and std."""
+        account = getattr(self.model, "architecture", dict)
+        return {**account(), "mean": list(self.mean), "std": list(self.std)}
 
 
 def file_state(model: nn.Module) -> dict[str, Tensor]:
@@ -102,9 +104,9 @@ def file_state(model: nn.Module) -> dict[str, Tensor]:
 def load_file_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the state that `file_state` gave back, bit for bit; a name or shape that does not fit is a UserError."""
     if _is_videomae(model):
-        state, lacking = names.from_source(state, model.state_dict(), names.HF, pooling=model.arch.pooling)
+        state, lacking, _ = names.from_source(state, model.state_dict(), names.HF, pooling=model.arch.pooling)
         if lacking:
-            raise UserError(f"the saved weights lack {_some(lacking)}: they are of another model")
+            raise UserError(f"the saved weights lack {some(lacking)}: they are of another model")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
