@@ -210,6 +210,7 @@ class PredictSettings:
     views: ViewSettings = field(default_factory=ViewSettings, metadata={"help": "views of a test video"})
     clips_per_gpu: int | str = setting("auto", "clips of one forward pass on one rank")
     save_every: int = setting(50, "videos between saves of what is done, a rank")
+    answer: Literal["name", "index"] = setting("name", "class column of submission.csv: class names, or their numbers")
 
 
 def _centre_view() -> ViewSettings:

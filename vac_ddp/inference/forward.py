@@ -32,25 +32,25 @@ class Scorer:
 
 @dataclass(kw_only=True)
 class Scored:
-    """One video: its number, logits (n, K) float32 (None where nothing could be decoded), damaged frames by name."""
+    """One video: its number, logits (n, K) float32 (None where nothing could be decoded), how many damaged frames."""
 
     video: int
     logits: np.ndarray | None
-    damage: list[str]
+    damaged: int
 
 
-def scored_videos(scorer: Scorer, batches: Iterable[TestBatch]) -> Iterator[Scored]:
-    """Send the clips of the videos, one video a batch, through the model in forward passes of full size.
+def scored_videos(scorer: Scorer, videos: Iterable[tuple[TestBatch, int]]) -> Iterator[Scored]:
+    """Send videos, each a batch of one and its number of damaged frames, through the model in passes of full size.
 
     Clips of neighbouring videos share a pass, so that the last pass alone is short. Videos come out in their order.
     """
     size = scorer.clips_per_gpu if isinstance(scorer.clips_per_gpu, int) else AUTO_CLIPS[scorer.device.type]
     stream = _Stream(scorer, size)
-    waiting: deque[tuple[int, int, list[str]]] = deque()
+    waiting: deque[tuple[int, int, int]] = deque()
     scorer.model.eval()
-    for batch in batches:
+    for batch, damaged in videos:
         (clips,), decoded = batch.clips, bool(batch.decoded)
-        waiting.append((int(batch.videos), len(clips) if decoded else 0, batch.damage))
+        waiting.append((int(batch.videos), len(clips) if decoded else 0, damaged))
         if decoded:
             stream.put(clips)
         yield from _ready(waiting, stream)
@@ -58,10 +58,10 @@ def scored_videos(scorer: Scorer, batches: Iterable[TestBatch]) -> Iterator[Scor
     yield from _ready(waiting, stream)
 
 
-def _ready(waiting: deque[tuple[int, int, list[str]]], stream: _Stream) -> Iterator[Scored]:
+def _ready(waiting: deque[tuple[int, int, int]], stream: _Stream) -> Iterator[Scored]:
     while waiting and stream.available() >= waiting[0][1]:
-        video, count, damage = waiting.popleft()
-        yield Scored(video=video, logits=stream.take(count) if count else None, damage=damage)
+        video, count, damaged = waiting.popleft()
+        yield Scored(video=video, logits=stream.take(count) if count else None, damaged=damaged)
 
 
 class _Stream:

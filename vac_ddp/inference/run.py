@@ -14,7 +14,7 @@ import torch
 
 from vac_ddp import distributed
 from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.loader import test_loader
+from vac_ddp.data.loader import Loader, TestBatch, test_loader
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.inference import parts
 from vac_ddp.inference.forward import Scored, Scorer, scored_videos
@@ -99,11 +99,9 @@ def predict_views(
     error: BaseException | None = None
     try:
         try:
-            for video in scored_videos(scorer, clock.waiting_for(loader)):
+            for video in scored_videos(scorer, _videos(loader, clock, result)):
                 waiting.append(video)
                 result.computed += 1
-                result.damaged_frames += len(video.damage)
-                result.damage += video.damage[: NAMED - len(result.damage)]
                 if len(waiting) >= save_every:
                     save()
                 if stop() or meeting.broken():
@@ -126,6 +124,15 @@ def predict_views(
     distributed.barrier()
     parts.drop_parts(out)
     return result
+
+
+def _videos(loader: Loader, clock: Clock, result: Done) -> Iterator[tuple[TestBatch, int]]:
+    """Batches of one video with the number of its damaged frames, which are named in `result`."""
+    for batch in clock.waiting_for(loader):
+        damaged = loader.damaged - result.damaged_frames
+        result.damaged_frames = loader.damaged
+        result.damage += batch.damage[: NAMED - len(result.damage)]
+        yield batch, damaged
 
 
 # ---------------------------------------------------------------- the ranks together
@@ -208,7 +215,7 @@ def _records(videos: list[Scored], kind: np.dtype[Any], prior: np.ndarray) -> np
     records = np.zeros(len(videos), kind)
     for record, video in zip(records, videos, strict=True):
         record["video"] = video.video
-        record["damaged"] = len(video.damage)
+        record["damaged"] = video.damaged
         record["failed"] = video.logits is None
         record["logits"] = prior if video.logits is None else video.logits
     return records
