@@ -1,8 +1,8 @@
-"""Keys in, clips out: what a loader process does for one draw or one scored video."""
+"""Keys in, clips out: what a loader process does for the draws of a load batch, or for scored videos."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from torch.utils.data import Dataset
 
 from vac_ddp.data.augment import draw_crop_box, draw_parameters
-from vac_ddp.data.frames import DamagedFrame, NoFrame, decode_frame, read_clip, view_boxes
+from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, unit_rows
+from vac_ddp.data.frames import NoFrame, read_clip, view_boxes
+from vac_ddp.data.mixing import draw_mixing
 from vac_ddp.data.sampler import Key
-from vac_ddp.data.sampling import AUGMENT, CROP, FRAMES, NOISE, generator, test_windows, train_frames
+from vac_ddp.data.sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, test_windows, train_frames
 from vac_ddp.errors import UserError
 from vac_ddp.settings import ClipSettings, Config, ViewSettings
 
@@ -21,25 +23,27 @@ class Videos(Protocol):
     """What is needed of an index (`vac_ddp.data.index.Index` has it)."""
 
     labels: np.ndarray
-    names: Sequence[str]
     frame_counts: np.ndarray
 
+    @property
+    def names(self) -> Sequence[str]: ...  # noqa: D102
     def frame_bytes(self, video: int, frame: int) -> bytes: ...  # noqa: D102
     def frame_name(self, video: int, frame: int) -> str: ...  # noqa: D102
 
 
 class TrainClips(Dataset):
-    """The clips of training draws. A pure function of (seed, epoch, draw, video) and the files.
+    """The clips of training draws: a pure function of (seed, epoch, draw, video) and the files.
 
-    `dataset[key]`, with a key (epoch, draw, video), is a dict; R = augment.repeats clips come from one decoding:
+    A key is (epoch, draw, video). `dataset[key]` is a dict, with R = augment.repeats clips of one decoding:
 
     clips : (R, T, S, S, 3) uint8, the random crop already taken, not flipped
-    labels : (R,) int64
-    samples : (R,) int64, sample numbers draw * R + r
+    labels, samples, videos : (R,) int64; sample numbers are draw * R + r
     noise : (R, noise_size) float32 in [0, 1), random numbers for the model
     params : dict of (R, ...) tensors for `augment.augment_clips`
-    epoch, video : int
     damage : list of str, damaged frames that were replaced by their nearest good one, with the reason
+
+    The DataLoader asks for whole load batches: `dataset.__getitems__(keys)` is the :class:`Batch` of units of two,
+    the last one may be single; no keys make an empty one.
     """
 
     def __init__(self, index: Videos, videos: np.ndarray, settings: Config, noise_size: int, seed: int) -> None:
@@ -53,58 +57,98 @@ class TrainClips(Dataset):
         return len(self.videos)
 
     def __getitem__(self, key: Key | tuple[int, int, int]) -> dict[str, Any]:
+        clip = self.settings.clip
+        clips = torch.empty((self._repeats, clip.frames, clip.size, clip.size, 3), dtype=torch.uint8)
+        damage = self._read(key, clips)
+        facts, params = self._facts(key), self._params(key)
+        return {
+            "clips": clips,
+            **{name: torch.from_numpy(value) for name, value in facts.items()},
+            "params": {name: torch.from_numpy(value) for name, value in params.items()},
+            "damage": damage,
+        }
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """The load batch of `keys`, decoded straight into its place."""
+        clip, repeats = self.settings.clip, self._repeats
+        rows, units = unit_rows(len(keys), repeats)
+        clips = clip_buffer(rows.size, clip.frames, clip.size, clip.size, 3)
+        damage: list[str] = []
+        for key, places in zip(keys, rows, strict=True):
+            step = int(places[1] - places[0]) if repeats > 1 else 1
+            damage += self._read(key, clips[places[0] : places[-1] + 1 : step])
+        partner = np.arange(rows.size)
+        paired = units[units[:, 1] >= 0]
+        partner[paired], partner[paired[:, ::-1]] = paired[:, ::-1], paired
+        first = [keys[i // 2 * 2] for i in range(len(keys))]  # what is drawn for a unit goes by its first draw
+        nothing = Key(0, 0, 0)  # shapes and types of an empty batch
+        facts = _in_rows([self._facts(key) for key in keys] or [self._facts(nothing)], rows)
+        params = _in_rows([self._params(key) for key in keys] or [self._params(nothing)], rows)
+        params |= _in_rows([self._mixing(key) for key in first] or [self._mixing(nothing)], rows)
+        params["partner"] = torch.from_numpy(partner)
+        return Batch(clips=clips, params=params, units=torch.from_numpy(units), damage=damage, **facts)
+
+    @property
+    def _repeats(self) -> int:
+        return self.settings.augment.repeats
+
+    def _rngs(self, key: Key | tuple[int, int, int], stream: int) -> Iterator[np.random.Generator]:
+        """One generator for every clip of a draw."""
+        epoch, draw, _ = key
+        for sample in range(draw * self._repeats, (draw + 1) * self._repeats):
+            yield generator(self.seed, epoch, sample, stream)
+
+    def _read(self, key: Key | tuple[int, int, int], out: torch.Tensor) -> list[str]:
+        """Fill `out` (R, T, S, S, 3) with the clips of a draw; returns lines about damaged frames."""
         epoch, draw, video = key
-        clip, augment, repeats = self.settings.clip, self.settings.augment, self.settings.augment.repeats
-        samples = range(draw * repeats, (draw + 1) * repeats)
+        augment = self.settings.augment
         count = int(self.index.frame_counts[video])
-
-        def boxes(height: int, width: int) -> list[tuple[int, int, int, int]]:
-            return [draw_crop_box(generator(self.seed, epoch, s, CROP), augment, height, width) for s in samples]
-
         try:
             if not count:
                 raise NoFrame({})
-            clips, damaged = read_clip(
+            damaged = read_clip(
                 lambda frame: self.index.frame_bytes(video, frame),
-                train_frames(count, clip, generator(self.seed, epoch, draw, FRAMES)),
-                boxes,
-                clip.size,
+                train_frames(count, self.settings.clip, generator(self.seed, epoch, draw, FRAMES)),
+                lambda height, width: [draw_crop_box(rng, augment, height, width) for rng in self._rngs(key, CROP)],
+                out,
                 n_frames=count,
                 reduced=self.settings.data.reduced_decode,
             )
         except NoFrame as error:
-            raise UserError(no_frame_message(self.index, video, error)) from error
-        drawn = [
-            draw_parameters(generator(self.seed, epoch, s, AUGMENT), augment, frames=clip.frames, size=clip.size)
-            for s in samples
-        ]
-        noise = [generator(self.seed, epoch, s, NOISE).random(self.noise_size, dtype=np.float32) for s in samples]
+            raise UserError(_no_frame_message(self.index, video, error)) from error
+        return damage_lines(self.index, video, damaged)
+
+    def _facts(self, key: Key | tuple[int, int, int]) -> dict[str, np.ndarray]:
+        _, draw, video = key
+        repeats = self._repeats
         return {
-            "clips": clips,
-            "labels": torch.full((repeats,), int(self.index.labels[video]), dtype=torch.int64),
-            "samples": torch.tensor(samples, dtype=torch.int64),
-            "noise": torch.from_numpy(np.stack(noise)),
-            "params": {name: torch.from_numpy(np.stack([d[name] for d in drawn])) for name in drawn[0]},
-            "epoch": epoch,
-            "video": video,
-            "damage": damage_lines(self.index, video, damaged),
+            "labels": np.full(repeats, self.index.labels[video], dtype=np.int64),
+            "samples": np.arange(draw * repeats, (draw + 1) * repeats, dtype=np.int64),
+            "videos": np.full(repeats, video, dtype=np.int64),
+            "noise": np.stack([rng.random(self.noise_size, dtype=np.float32) for rng in self._rngs(key, NOISE)]),
         }
+
+    def _params(self, key: Key | tuple[int, int, int]) -> dict[str, np.ndarray]:
+        clip, augment = self.settings.clip, self.settings.augment
+        drawn = [draw_parameters(rng, augment, frames=clip.frames, size=clip.size) for rng in self._rngs(key, AUGMENT)]
+        return {name: np.stack([one[name] for one in drawn]) for name in drawn[0]}
+
+    def _mixing(self, first: Key) -> dict[str, np.ndarray]:
+        """Mode, share and box of the unit whose first draw is given, for each of its clips."""
+        epoch, draw, _ = first
+        rng = generator(self.seed, epoch, draw * self._repeats, MIX)
+        drawn = draw_mixing(rng, self.settings.augment, size=self.settings.clip.size)
+        return {name: np.stack([value] * self._repeats) for name, value in drawn.items()}
 
 
 class TestViews(Dataset):
     """The views of scored videos, each video decoded once.
 
-    `dataset[i]` is a dict for `videos[i]`:
-
-    clips : (K * crops, T, S, S, 3) uint8, window k and crop c at k * crops + c; the mirrored views are made on the
-        device
-    place, video : int, i and its number in the index
-    label : int, -1 where there is none
-    decoded : bool, False where no frame could be decoded (`clips` are then zero)
-    damage : list of str, damaged frames, with the reason
+    `dataset.__getitems__(places)` is the :class:`TestBatch` of `videos[place]` for the places, `dataset[place]` that of
+    one video.
 
     `tolerant` (the test part): what decodes of a damaged frame is used before its neighbour, and a video without any
-    good frame is an item with decoded=False. Otherwise (validation) that is a UserError.
+    good frame has decoded=False. Otherwise (validation) such a video is a UserError.
     """
 
     __test__ = False
@@ -134,38 +178,52 @@ class TestViews(Dataset):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        video = int(self.videos[item])
-        count = int(self.index.frame_counts[video])
+    def __getitem__(self, place: int) -> TestBatch:
+        return self.__getitems__([place])
+
+    def __getitems__(self, places: Sequence[int]) -> TestBatch:
+        """The views of the videos at `places`, decoded straight into their batch."""
         size, crops = self.clip.size, self.views.crops
-        windows = test_windows(max(count, 1), self.clip, self.views)
-        try:
-            if not count:
-                raise NoFrame({})
-            clips, damaged = read_clip(
-                lambda frame: self.index.frame_bytes(video, frame),
-                windows.reshape(-1),
-                lambda height, width: view_boxes(height, width, size=size, short_side=self.short_side, crops=crops),
-                size,
-                n_frames=count,
-                reduced=self.reduced,
-                tolerant=self.tolerant,
-            )
-            clips = clips.view(crops, *windows.shape, size, size, 3).transpose(0, 1).flatten(0, 1)
-            decoded = True
-        except NoFrame as error:
-            if not self.tolerant:
-                raise UserError(no_frame_message(self.index, video, error)) from error
-            clips = torch.zeros((len(windows) * crops, self.clip.frames, size, size, 3), dtype=torch.uint8)
-            damaged, decoded = error.damaged, False
-        return {
-            "clips": clips.contiguous(),
-            "place": int(item),
-            "video": video,
-            "label": int(self.index.labels[video]),
-            "decoded": decoded,
-            "damage": damage_lines(self.index, video, damaged),
-        }
+        videos = self.videos[np.asarray(places, dtype=np.int64)]
+        windows = [test_windows(max(1, int(self.index.frame_counts[v])), self.clip, self.views) for v in videos]
+        clips = clip_buffer(len(videos), len(windows[0]), crops, self.clip.frames, size, size, 3)
+        damage: list[str] = []
+        decoded = []
+        for video, frames, out in zip(videos.tolist(), windows, clips, strict=True):
+            try:
+                damaged = self._read(video, frames, out)
+                decoded.append(True)
+            except NoFrame as error:
+                if not self.tolerant:
+                    raise UserError(_no_frame_message(self.index, video, error)) from error
+                out.zero_()
+                damaged = error.damaged
+                decoded.append(False)
+            damage += damage_lines(self.index, video, damaged)
+        return TestBatch(
+            clips=clips.flatten(1, 2),
+            places=torch.tensor(places, dtype=torch.int64),
+            videos=torch.from_numpy(videos),
+            labels=torch.from_numpy(self.index.labels[videos].astype(np.int64)),
+            decoded=torch.tensor(decoded),
+            damage=damage,
+        )
+
+    def _read(self, video: int, windows: np.ndarray, out: torch.Tensor) -> dict[int, str]:
+        """Fill `out` (K, crops, T, S, S, 3) with the views of a video."""
+        count = int(self.index.frame_counts[video])
+        if not count:
+            raise NoFrame({})
+        size, crops = self.clip.size, self.views.crops
+        return read_clip(
+            lambda frame: self.index.frame_bytes(video, frame),
+            windows,
+            lambda height, width: view_boxes(height, width, size=size, short_side=self.short_side, crops=crops),
+            out.movedim(1, 0),
+            n_frames=count,
+            reduced=self.reduced,
+            tolerant=self.tolerant,
+        )
 
 
 def damage_lines(index: Videos, video: int, damaged: dict[int, str]) -> list[str]:
@@ -173,23 +231,21 @@ def damage_lines(index: Videos, video: int, damaged: dict[int, str]) -> list[str
     return [f"{index.frame_name(video, frame)}: {reason}" for frame, reason in sorted(damaged.items())]
 
 
-def no_frame_message(index: Videos, video: int, error: NoFrame) -> str:
-    """What to say of a video none of whose frames can be decoded."""
+def _in_rows(parts: Sequence[dict[str, np.ndarray]], rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Arrays (R, ...) of n draws as tensors (n * R, ...) in the order of `rows` (n, R), which may be empty."""
+    out = {}
+    for name, example in parts[0].items():
+        value = np.empty((rows.size, *example.shape[1:]), dtype=example.dtype)
+        for places, part in zip(rows, parts, strict=False):
+            value[places] = part[name]
+        out[name] = torch.from_numpy(value)
+    return out
+
+
+def _no_frame_message(index: Videos, video: int, error: NoFrame) -> str:
     lines = damage_lines(index, video, error.damaged)
     first = f" (first: {lines[0]})" if lines else ""
     return (
         f"video {index.names[video]}: none of its {int(index.frame_counts[video])} frames can be decoded{first}; "
         "remove it, or set data.on_bad_video=skip"
     )
-
-
-def has_good_frame(index: Videos, video: int) -> bool:
-    """Whether any frame of a video decodes as a whole; decodes no more than it must, the middle one first."""
-    count = int(index.frame_counts[video])
-    for frame in sorted(range(count), key=lambda f: abs(f - count // 2)):
-        try:
-            decode_frame(index.frame_bytes(video, frame), factor=8)
-            return True
-        except (DamagedFrame, OSError):
-            continue
-    return False

@@ -6,6 +6,7 @@ antialiased resampling in uint8 over many frames at once. There is no float imag
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,11 @@ class NoFrame(Exception):
 
 
 def decode_frame(
-    data: bytes, *, factor: int = 1, tolerant: bool = False, buffer: np.ndarray | None = None
+    data: bytes,
+    *,
+    factor: int | Callable[[int, int], int] = 1,
+    tolerant: bool = False,
+    buffer: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decode an image file to upright RGB, (H, W, 3) uint8.
 
@@ -48,12 +53,12 @@ def decode_frame(
         JPEG of any kind, PNG, WebP or what else Pillow reads; told by its content. Grey, palette, CMYK and 16-bit
         images become 8-bit RGB (16 bits keep their upper 8), transparency is left out, an EXIF orientation is
         applied, of an animation the first image counts.
-    factor : 1, 2, 4 or 8
+    factor : 1, 2, 4 or 8, or a function of (height, width)
         Decode a JPEG at 1/factor of its size, rounded up. A frame of more than `MAX_PIXELS` is reduced further.
     tolerant : bool
         Take what can be decoded of a file that is cut off or corrupt; the rest of the picture is grey or black.
-    buffer : uint8 array, optional
-        Where the pixels go if they fit; the result is then a view of it.
+    buffer : contiguous uint8 array, optional
+        Where the pixels of a JPEG go if they fit; the result is then a view of it.
 
     Raises
     ------
@@ -61,25 +66,27 @@ def decode_frame(
         The file is empty, no image, damaged (or, tolerant, nothing of it decodes), or too large.
 
     """
-    if not data:
-        raise DamagedFrame("empty file")
     try:
         if data[:2] != b"\xff\xd8":
-            return _decode_pillow(data, factor, tolerant)
+            return _decode_pillow(data, tolerant)
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        orientation = _orientation(data)
+        if not isinstance(factor, int):
+            factor = factor(width, height) if orientation > 4 else factor(height, width)
+        while factor < 8 and (height // factor) * (width // factor) > MAX_PIXELS:
+            factor *= 2
         if colour in ("CMYK", "YCCK"):
-            return _decode_pillow(data, factor, tolerant)
-        return _decode_jpeg(data, _bounded_factor(height, width, factor), height, width, tolerant, buffer)
+            return _decode_pillow(data, tolerant, factor)
+        image = _decode_jpeg(data, height, width, factor, tolerant, buffer)
     except (DamagedFrame, MemoryError):
         raise
     except Exception as error:  # decoders raise a dozen kinds, up to struct.error and SyntaxError
-        raise DamagedFrame(_reason(error)) from error
+        raise DamagedFrame(_reason(data, error)) from error
+    return image if orientation == 1 else np.ascontiguousarray(_turn(image, orientation))
 
 
 def frame_size(data: bytes) -> tuple[int, int]:
     """(height, width) of an image file as it is shown, from its header. Raises DamagedFrame."""
-    if not data:
-        raise DamagedFrame("empty file")
     try:
         if data[:2] == b"\xff\xd8":
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -87,32 +94,36 @@ def frame_size(data: bytes) -> tuple[int, int]:
         with _open_pillow(data) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
-    except DamagedFrame:
-        raise
     except Exception as error:
-        raise DamagedFrame(_reason(error)) from error
+        raise DamagedFrame(_reason(data, error)) from error
 
 
 def _decode_jpeg(
-    data: bytes, factor: int, height: int, width: int, tolerant: bool, buffer: np.ndarray | None
+    data: bytes, height: int, width: int, factor: int, tolerant: bool, buffer: np.ndarray | None
 ) -> np.ndarray:
-    shape = (-(-height // factor), -(-width // factor), 3)
-    fits = buffer is not None and buffer.nbytes >= shape[0] * shape[1] * 3
-    reduced = {"min_height": shape[0], "min_width": shape[1], "min_factor": factor} if factor > 1 else {}
-    image = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer if fits else None, strict=not tolerant, **reduced)
-    if tolerant and (image == image[0, 0]).all():
+    if factor == 1:
+        least = {}
+    else:
+        height, width = -(-height // factor), -(-width // factor)
+        least = {"min_height": height, "min_width": width, "min_factor": factor}
+    if buffer is not None and buffer.nbytes < height * width * 3:
+        buffer = None
+    image = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=not tolerant, **least)
+    return _something(image) if tolerant else image
+
+
+def _something(image: np.ndarray) -> np.ndarray:
+    if (image == image[0, 0]).all():
         raise DamagedFrame("nothing of it can be decoded")
-    orientation = _orientation(data)
-    return image if orientation == 1 else np.ascontiguousarray(_turn(image, orientation))
+    return image
 
 
-def _decode_pillow(data: bytes, factor: int, tolerant: bool) -> np.ndarray:
+def _decode_pillow(data: bytes, tolerant: bool, factor: int = 1) -> np.ndarray:
     kept = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
     try:
         with _open_pillow(data) as image:
             if image.format == "JPEG":
-                factor = _bounded_factor(image.height, image.width, factor)
                 image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
             elif image.width * image.height > MAX_PIXELS:
                 raise DamagedFrame(
@@ -126,21 +137,13 @@ def _decode_pillow(data: bytes, factor: int, tolerant: bool) -> np.ndarray:
                 pixels = np.asarray(upright.convert("RGB"))
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = kept
-    if tolerant and (pixels == pixels[0, 0]).all():
-        raise DamagedFrame("nothing of it can be decoded")
-    return pixels
+    return _something(pixels) if tolerant else pixels
 
 
 def _open_pillow(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides, and says so
         return Image.open(io.BytesIO(data))
-
-
-def _bounded_factor(height: int, width: int, factor: int) -> int:
-    while factor < 8 and (height // factor) * (width // factor) > MAX_PIXELS:
-        factor *= 2
-    return factor
 
 
 def _orientation(data: bytes) -> int:
@@ -168,7 +171,9 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
-def _reason(error: Exception) -> str:
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "empty file"
     text = " ".join(str(error).split())
     if "Could not determine subsampling" in text or "cannot identify image file" in text:
         return "not an image, or without a readable header"
@@ -185,7 +190,7 @@ def resize_crop(frames: np.ndarray, box: Box, size: int) -> torch.Tensor:
     if len(pixels) == 1:  # a cut-out of a single image is not recognised as channels-last
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     resized = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1).contiguous()
+    return resized.permute(0, 2, 3, 1)
 
 
 def view_boxes(height: int, width: int, *, size: int, short_side: int, crops: int) -> list[Box]:
@@ -245,7 +250,7 @@ class _Frames:
         anything decodes (tolerant).
         """
         for candidate, tolerant in self._candidates(frame):
-            if candidate in self.damaged and not tolerant:
+            if self.damaged and candidate in self.damaged and not tolerant:
                 continue
             try:
                 return make(self._bytes(candidate), tolerant)
@@ -273,25 +278,25 @@ def read_clip(
     read: Callable[[int], bytes],
     frames: np.ndarray,
     boxes: Callable[[int, int], Sequence[Box]],
-    size: int,
+    out: torch.Tensor,
     *,
     n_frames: int,
     reduced: bool = True,
     tolerant: bool = False,
-) -> tuple[torch.Tensor, dict[int, str]]:
+) -> dict[int, str]:
     """Read frames of one video and make R crops of them; every frame is decoded once.
 
     Parameters
     ----------
     read : callable
         Bytes of a frame's file by number; an OSError makes it a damaged frame.
-    frames : (T,) integers
+    frames : (..., T) integers
         Frame numbers in [0, n_frames), in any order, also several times.
     boxes : callable
         R boxes for a frame of (height, width), asked once, for the first frame. On frames of other sizes they are
         the same shares of height and width.
-    size : int
-        Height and width of a crop.
+    out : (R, ..., T, size, size, 3) uint8
+        Where the clips go.
     n_frames : int
         Frames of the video, among which a damaged one finds its replacement.
     reduced : bool
@@ -301,7 +306,6 @@ def read_clip(
 
     Returns
     -------
-    clips : (R, T, size, size, 3) uint8
     damaged : dict
         What is wrong with the damaged frames that were met, by frame number. Each was replaced by the nearest good one.
 
@@ -311,46 +315,45 @@ def read_clip(
         No frame of the video can be decoded.
 
     """
+    size = out.shape[-2]
     source = _Frames(read, n_frames, tolerant)
     wanted, places = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
     shape = source.use(int(wanted[0]), lambda data, _: frame_size(data))
     crops = list(boxes(*shape))
 
-    def factor_for(size_here: tuple[int, int]) -> int:
-        return reduction([scale_box(box, shape, size_here) for box in crops], size) if reduced else 1
+    @functools.cache
+    def factor(height: int, width: int) -> int:
+        return reduction([scale_box(box, shape, (height, width)) for box in crops], size) if reduced else 1
 
-    factor = _bounded_factor(*shape, factor_for(shape))
-    expected = (-(-shape[0] // factor), -(-shape[1] // factor), 3)
+    least = factor(*shape)
+    expected = (-(-shape[0] // least), -(-shape[1] // least), 3)
     chunk = min(len(wanted), max(1, CHUNK_BYTES // (expected[0] * expected[1] * 3)))
     buffer = np.empty((chunk, *expected), dtype=np.uint8)
-    pieces: list[list[torch.Tensor]] = [[] for _ in crops]
+    in_order = out.dim() == 5 and np.array_equal(wanted, frames)
+    once = out if in_order else torch.empty((len(crops), len(wanted), size, size, 3), dtype=torch.uint8)
 
-    def resample(stack: np.ndarray) -> None:
-        for box, parts in zip(crops, pieces, strict=True):
-            parts.append(resize_crop(stack, scale_box(box, shape, stack.shape[1:3]), size))
+    def resample(stack: np.ndarray, end: int) -> None:
+        for box, clip in zip(crops, once, strict=True):
+            clip[end - len(stack) : end] = resize_crop(stack, scale_box(box, shape, stack.shape[1:3]), size)
 
     held = 0
-    for frame in wanted.tolist():
-        slot = buffer[held]
-
-        def decode(data: bytes, lenient: bool, slot: np.ndarray = slot) -> np.ndarray:
-            return decode_frame(data, factor=factor_for(frame_size(data)), tolerant=lenient, buffer=slot)
-
-        image = source.use(frame, decode)
-        if image.shape == expected:
-            if not np.may_share_memory(image, slot):
-                slot[:] = image
-            held += 1
-        if held and (held == chunk or image.shape != expected):
-            resample(buffer[:held])
-            held = 0
+    for i, frame in enumerate(wanted.tolist()):
+        decode = functools.partial(decode_frame, factor=factor, buffer=buffer[held])
+        image = source.use(frame, lambda data, lenient, decode=decode: decode(data, tolerant=lenient))
         if image.shape != expected:
-            resample(image[None])
+            if held:
+                resample(buffer[:held], i)
+            resample(image[None], i + 1)
+            held = 0
+            continue
+        if not np.may_share_memory(image, buffer[held]):
+            buffer[held] = image
+        held += 1
+        if held == chunk:
+            resample(buffer, i + 1)
+            held = 0
     if held:
-        resample(buffer[:held])
-
-    clips = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces]
-    if len(places) != len(wanted) or (places[1:] < places[:-1]).any():
-        order = torch.from_numpy(places)
-        clips = [clip[order] for clip in clips]
-    return torch.stack(clips) if len(clips) > 1 else clips[0][None], source.damaged
+        resample(buffer[:held], len(wanted))
+    if not in_order:
+        out[:] = once[:, torch.from_numpy(places.reshape(np.shape(frames)))]
+    return source.damaged
