@@ -87,11 +87,11 @@ class Job:
 def on_main_first(first: Callable[[], Result], later: Callable[[], Result]) -> Result:
     """`first()` on rank 0, then `later()` on the others; an error of one is an error of all."""
     result: Result | None = None
-    for turn in (first, later):
+    for mains_turn in (True, False):
         error: BaseException | None = None
-        if distributed.is_main() == (turn is first):
+        if distributed.is_main() == mains_turn:
             try:
-                result = turn()
+                result = first() if mains_turn else later()
             except (UserError, OSError, RuntimeError, ValueError) as caught:
                 error = caught
         distributed.raise_together(error)
@@ -117,6 +117,8 @@ def open_job(config: Config, device: torch.device) -> Iterator[Job]:
         data = read_data(config, folder, resumed=_resumed(run), say=tracker.say)
         pulse = health.Pulse()
         job = _build(config, device, run, data, tracker, stop, pulse, loaders)
+        if run is not None:
+            run.begin()
         pulse.start()
         try:
             yield job
@@ -132,7 +134,8 @@ def open_job(config: Config, device: torch.device) -> Iterator[Job]:
             pulse.stop()
         if tracker is not None:
             tracker.close()
-        if run is not None and run.lock is not None:
+        if run is not None:
+            run.discard()
             run.lock.release()
         stop.restore()
 

@@ -16,6 +16,7 @@ from vac_ddp.engine.step import StepRecord
 from vac_ddp.errors import UserError
 
 BEAT_S = 1.0
+WORTH_NAMING_S = 0.5  # lost between two lines of the log; less is the noise of a busy machine
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,8 @@ def slow_ranks(busy_s: list[float], factor: float) -> list[int]:
     """Ranks that worked `factor` times as long as the median of the others before they could reduce."""
     if len(busy_s) < 2:
         return []
-    return [r for r, seconds in enumerate(busy_s) if seconds > max(0.01, factor * median_of_others(busy_s, r))]
+    typical = [median_of_others(busy_s, rank) for rank in range(len(busy_s))]
+    return [r for r, s in enumerate(busy_s) if s > factor * typical[r] and s - typical[r] > WORTH_NAMING_S]
 
 
 def median_of_others(busy_s: list[float], rank: int) -> float:

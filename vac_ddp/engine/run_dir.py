@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ OURS = (
     "classes.json",
     "split.csv",
     "index.cache",
+    "index.val.cache",
     "log.txt",
     "metrics.jsonl",
     "metrics.discarded.jsonl",
@@ -31,6 +33,8 @@ OURS = (
     "tensorboard",
     "wandb",
 )
+
+OVERWRITTEN = ".overwritten"
 
 # What may be another at a resume: it changes no sample, no gradient and no schedule.
 CHANGEABLE = (
@@ -57,13 +61,37 @@ CHANGEABLE = (
 
 @dataclass(kw_only=True)
 class OpenRun:
-    """A run directory that is ours now; `state` and `facts` are what the run goes on from, None for a new one."""
+    """A run directory that is ours now; `state` and `facts` are what the run goes on from, None for a new one.
+
+    Until `begin` nothing of an earlier run is thrown away: `discard` undoes the opening of a run that cannot start.
+    """
 
     folder: Path
     lock: RunLock
     state: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
     source: Path | None = None
+    begun: bool = False
+
+    def begin(self) -> None:
+        """The run starts: what it overwrites goes."""
+        self.begun = True
+        if (self.folder / OVERWRITTEN).exists():
+            shutil.rmtree(self.folder / OVERWRITTEN)
+
+    def discard(self) -> None:
+        """The run could not start: a new run leaves nothing, and what it would have overwritten comes back."""
+        if self.begun or self.state is not None:
+            return
+        _remove(_ours(self.folder))
+        old = self.folder / OVERWRITTEN
+        if old.exists():
+            for path in old.iterdir():
+                path.replace(self.folder / path.name)
+            old.rmdir()
+        self.lock.release()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def restarted() -> bool:
@@ -111,9 +139,12 @@ def _open_locked(
     say: Callable[[str], None],
 ) -> OpenRun:
     present = _ours(folder)
-    foreign = [e.name for e in folder.iterdir() if e not in present and not e.name.startswith("run.lock")]
+    known = ("run.lock", OVERWRITTEN)
+    foreign = [e.name for e in folder.iterdir() if e not in present and not e.name.startswith(known)]
     if settings.overwrite:
-        _remove(present)
+        (folder / OVERWRITTEN).mkdir(exist_ok=True)
+        for path in present:
+            path.replace(folder / OVERWRITTEN / path.name)
         return OpenRun(folder=folder, lock=lock)
     if explicit is not None:
         state, facts = checkpoint.read(explicit)
