@@ -90,6 +90,10 @@ def _window(first: int, stride: int, n_frames: int, clip: ClipSettings) -> np.nd
 
 
 def _segment_frames(n_frames: int, segments: int, shares: np.ndarray) -> np.ndarray:
-    """The frame at `shares` (T,) in [0, 1) of each of T equal segments, (T,) int64."""
-    positions = (np.arange(segments) + shares) * n_frames / segments
-    return np.minimum(positions.astype(np.int64), n_frames - 1)
+    """The frame at `shares` (T,) in [0, 1) of each of T segments, (T,) int64.
+
+    The segments are whole frames, equal to one frame, and share none; where there are more segments than frames,
+    neighbouring ones have the same.
+    """
+    edges = np.arange(segments + 1, dtype=np.int64) * n_frames // segments
+    return edges[:-1] + (shares * np.diff(edges)).astype(np.int64)

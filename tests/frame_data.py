@@ -1,0 +1,57 @@
+"""Frames for tests: natural-looking pictures, folders of them, and videos that live in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth, coloured picture with edges, (height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    out = np.empty((height, width, 3))
+    for channel in range(3):
+        waves = sum(
+            rng.uniform(10, 35) * np.sin(rng.uniform(2, 14) * y + rng.uniform(2, 14) * x + rng.uniform(0, 6))
+            for _ in range(4)
+        )
+        edge = 60 * (np.hypot(y - rng.uniform(0.2, 0.6), x - rng.uniform(0.2, 0.8)) < rng.uniform(0.1, 0.3))
+        out[..., channel] = 110 + waves + edge
+    return out.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
+    """`picture` as a JPEG."""
+    return simplejpeg.encode_jpeg(picture(height, width, seed), quality=quality, colorsubsampling="420")
+
+
+def write_video(folder: Path, frames: int, *, height: int = 48, width: int = 64, seed: int = 0) -> Path:
+    """A folder of JPEG frames 0001.jpg, 0002.jpg, ..."""
+    folder.mkdir(parents=True)
+    for i in range(frames):
+        (folder / f"{i + 1:04d}.jpg").write_bytes(jpeg(height, width, seed * 1000 + i))
+    return folder
+
+
+class MemoryVideos:
+    """Videos in memory: a list of frames (bytes, or an OSError to raise) for each."""
+
+    def __init__(self, videos: list[list[bytes | OSError]], labels: list[int] | None = None) -> None:
+        self.videos = videos
+        self.labels = np.array(labels if labels is not None else [0] * len(videos), dtype=np.int64)
+        self.frame_counts = np.array([len(v) for v in videos], dtype=np.int64)
+        self.names = [f"class/video{i}" for i in range(len(videos))]
+        self.read: list[tuple[int, int]] = []
+
+    def frame_bytes(self, video: int, frame: int) -> bytes:
+        self.read.append((video, frame))
+        data = self.videos[video][frame]
+        if isinstance(data, OSError):
+            raise data
+        return data
+
+    def frame_name(self, video: int, frame: int) -> str:
+        return f"{self.names[video]}/{frame + 1:04d}.jpg"
