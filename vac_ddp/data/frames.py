@@ -73,8 +73,10 @@ def decode_frame(
         orientation = _orientation(data)
         if not isinstance(factor, int):
             factor = factor(width, height) if orientation > 4 else factor(height, width)
-        while factor < 8 and (height // factor) * (width // factor) > MAX_PIXELS:
+        while (height // factor) * (width // factor) > MAX_PIXELS:
             factor *= 2
+            if factor > 8:
+                raise DamagedFrame(f"{width}x{height} pixels are too many (limit {MAX_PIXELS}, at 1/8 of the size)")
         if colour in ("CMYK", "YCCK"):
             return _decode_pillow(data, tolerant, factor)
         image = _decode_jpeg(data, height, width, factor, tolerant, buffer)
@@ -134,7 +136,7 @@ def _decode_pillow(data: bytes, tolerant: bool, factor: int = 1) -> np.ndarray:
                 grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
                 pixels = np.repeat(grey[..., None], 3, axis=2)
             else:
-                pixels = np.asarray(upright.convert("RGB"))
+                pixels = np.array(upright.convert("RGB"))
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = kept
     return _something(pixels) if tolerant else pixels

@@ -1,0 +1,464 @@
+"""Decoding, cropping and resizing against Pillow, and what becomes of damaged frames."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.frame_data import jpeg, picture
+from vac_ddp.data import frames as frames_module
+from vac_ddp.data.frames import (
+    DamagedFrame,
+    NoFrame,
+    decode_frame,
+    frame_size,
+    neighbours,
+    read_clip,
+    reduction,
+    resize_crop,
+    scale_box,
+    view_boxes,
+)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# ---------------------------------------------------------------- full decode
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (241, 319), (17, 3), (1, 1)])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+@pytest.mark.parametrize("quality", [30, 90, 100])
+def test_jpegs_decode_as_pillow_does(shape: tuple[int, int], subsampling: str, quality: int) -> None:
+    data = simplejpeg.encode_jpeg(picture(*shape), quality=quality, colorsubsampling=subsampling)
+    image = decode_frame(data)
+    assert image.dtype == np.uint8
+    assert image.shape == (*shape, 3)
+    assert frame_size(data) == shape
+    assert difference(image, by_pillow(data)) <= 1
+
+
+ODD = {
+    "grey JPEG": lambda rgb: encode(rgb.convert("L"), "JPEG", quality=95),
+    "progressive JPEG": lambda rgb: encode(rgb, "JPEG", quality=95, progressive=True),
+    "CMYK JPEG": lambda rgb: encode(rgb.convert("CMYK"), "JPEG", quality=98, subsampling=0),
+    "PNG": lambda rgb: encode(rgb, "PNG"),
+    "grey PNG": lambda rgb: encode(rgb.convert("L"), "PNG"),
+    "PNG with alpha": lambda rgb: encode(rgb.convert("RGBA"), "PNG"),
+    "grey PNG with alpha": lambda rgb: encode(rgb.convert("LA"), "PNG"),
+    "palette PNG": lambda rgb: encode(rgb.quantize(64), "PNG"),
+    "bilevel PNG": lambda rgb: encode(rgb.convert("1"), "PNG"),
+    "lossless WebP": lambda rgb: encode(rgb, "WEBP", lossless=True),
+    "WebP with alpha": lambda rgb: encode(rgb.convert("RGBA"), "WEBP", lossless=True),
+    "BMP": lambda rgb: encode(rgb, "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_images_are_what_pillow_makes_of_them(kind: str) -> None:
+    data = ODD[kind](Image.fromarray(picture(60, 80, 3)))
+    assert difference(decode_frame(data), by_pillow(data)) <= 1
+    assert frame_size(data) == (60, 80)
+
+
+def test_ycck_of_adobe_has_the_colours_of_the_picture() -> None:
+    """YCCK as print software writes it: inverted, marked by Adobe's APP14 with transform 2."""
+    rgb = picture(40, 56, 2)
+    ycc = np.asarray(Image.fromarray(255 - rgb).convert("YCbCr"))
+    plain = encode(
+        Image.fromarray(np.dstack([ycc, np.full((40, 56), 255, np.uint8)]), "CMYK"), "JPEG", quality=99, subsampling=0
+    )
+    at = plain.find(b"Adobe")
+    ycck = plain[: at + 11] + b"\x02" + plain[at + 12 :] if at >= 0 else plain
+    assert simplejpeg.decode_jpeg_header(ycck)[2] == "YCCK"
+    assert difference(decode_frame(ycck), by_pillow(ycck)) <= 1
+
+
+def test_sixteen_bit_png_keeps_its_upper_eight_bits() -> None:
+    grey = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
+    image = decode_frame(encode(Image.fromarray(grey), "PNG"))
+    assert np.array_equal(image, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
+    upright = picture(36, 64, 5)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),  # a viewer turns it by 90 degrees to the right
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
+    assert frame_size(data) == (36, 64)
+    assert difference(decode_frame(data), upright) <= 4
+    assert decode_frame(data).flags.c_contiguous
+
+
+def test_type_is_told_by_content_not_by_name() -> None:
+    png = encode(Image.fromarray(picture(20, 30)), "PNG")
+    out = torch.empty((1, 1, 8, 8, 3), dtype=torch.uint8)
+    assert read_clip(lambda _: png, np.array([0]), lambda h, w: [(0, 0, h, w)], out, n_frames=1) == {}
+
+
+# ---------------------------------------------------------------- reduced decode
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(720, 1280), (360, 648)])
+def test_reduced_decode_is_close_to_a_resized_full_decode(factor: int, shape: tuple[int, int]) -> None:
+    data = jpeg(*shape, seed=1, quality=90)
+    small = decode_frame(data, factor=factor)
+    assert small.shape == (shape[0] // factor, shape[1] // factor, 3)
+    assert decode_frame(jpeg(41, 67), factor=factor).shape == (-(-41 // factor), -(-67 // factor), 3)
+    box = Image.fromarray(decode_frame(data)).resize(small.shape[1::-1], Image.Resampling.BOX)
+    assert psnr(small, np.asarray(box)) > 36
+
+
+def test_reduced_decode_of_cmyk_and_turned_jpegs() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(picture(320, 400, 4))
+    turned = encode(image, "JPEG", quality=95, exif=exif)
+    assert decode_frame(turned, factor=4).shape == (100, 80, 3)
+    full = Image.fromarray(decode_frame(turned)).resize((80, 100), Image.Resampling.BOX)
+    assert psnr(decode_frame(turned, factor=4), np.asarray(full)) > 33
+    cmyk = encode(image.convert("CMYK"), "JPEG", quality=95)
+    full = Image.fromarray(decode_frame(cmyk)).resize((100, 80), Image.Resampling.BOX)
+    assert decode_frame(cmyk, factor=4).shape == (80, 100, 3)
+    assert psnr(decode_frame(cmyk, factor=4), np.asarray(full)) > 33
+
+
+@given(st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=3), st.integers(1, 300))
+def test_reduction_leaves_every_box_its_pixels(sizes: list[tuple[int, int]], size: int) -> None:
+    factor = reduction([(0, 0, h, w) for h, w in sizes], size)
+    least = min(min(pair) for pair in sizes)
+    assert factor in (1, 2, 4, 8)
+    assert factor == 1 or least // factor >= size
+    assert factor == 8 or least // (factor * 2) < size
+
+
+@pytest.mark.parametrize("shape", [(480, 854), (1080, 1920)])
+def test_clips_of_reduced_frames_are_close_to_those_of_full_ones(shape: tuple[int, int]) -> None:
+    data = jpeg(*shape, seed=7)
+    clips = {}
+    for reduced in (False, True):
+        clips[reduced] = torch.empty((1, 1, 112, 112, 3), dtype=torch.uint8)
+        boxes = lambda h, w: view_boxes(h, w, size=112, short_side=112, crops=1)  # noqa: E731
+        read_clip(lambda _: data, np.array([0]), boxes, clips[reduced], n_frames=1, reduced=reduced)
+    assert not torch.equal(clips[True], clips[False])
+    assert psnr(clips[True].numpy(), clips[False].numpy()) > 36
+
+
+# ---------------------------------------------------------------- crop and resize
+
+
+@pytest.mark.parametrize("box", [(0, 0, 120, 160), (7, 11, 90, 60), (30, 40, 33, 47), (119, 0, 1, 160), (5, 5, 64, 64)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_resize_is_pillows_within_one_grey_level(box: tuple[int, int, int, int], count: int) -> None:
+    stack = np.stack([picture(120, 160, seed) for seed in range(count)])
+    top, left, height, width = box
+    ours = resize_crop(stack, box, 64)
+    assert ours.shape == (count, 64, 64, 3)
+    for image, result in zip(stack, ours.numpy(), strict=True):
+        cut = Image.fromarray(image).crop((left, top, left + width, top + height))
+        assert difference(np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR)), result) <= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 400), st.integers(0, 200), st.sampled_from([1, 3]))
+def test_view_boxes_are_squares_within_the_frame(height: int, width: int, size: int, more: int, crops: int) -> None:
+    boxes = view_boxes(height, width, size=size, short_side=size + more, crops=crops)
+    short = min(height, width)
+    assert len(boxes) == crops
+    for top, left, h, w in boxes:
+        assert h == w
+        assert abs(h - short * size / (size + more)) <= 0.5 or h == 1
+        assert 0 <= top <= height - h
+        assert 0 <= left <= width - w
+    middle = boxes[crops // 2]
+    assert abs(middle[0] + middle[2] / 2 - height / 2) <= 0.5
+    assert abs(middle[1] + middle[3] / 2 - width / 2) <= 0.5
+    if crops == 3:
+        along = 1 if width >= height else 0
+        assert boxes[0][along] == 0
+        assert boxes[2][along] + boxes[2][2] == (height, width)[along]
+
+
+def test_view_is_what_resize_and_crop_in_two_steps_make() -> None:
+    """Short side to 64, then the centre 56: against Pillow's two steps, which resample the same grid."""
+    image = picture(128, 192, 3)
+    (box,) = view_boxes(128, 192, size=56, short_side=64, crops=1)
+    assert box == (8, 40, 112, 112)
+    two = Image.fromarray(image).resize((96, 64), Image.Resampling.BILINEAR).crop((20, 4, 76, 60))
+    inner = np.s_[1:-1, 1:-1]  # at the border of a crop the filter has other neighbours
+    assert difference(resize_crop(image[None], box, 56)[0].numpy()[inner], np.asarray(two)[inner]) <= 1
+
+
+@given(
+    st.integers(1, 500),
+    st.integers(1, 500),
+    st.integers(1, 500),
+    st.integers(1, 500),
+    st.randoms(use_true_random=False),
+)
+def test_scaled_boxes_stay_inside(h: int, w: int, new_h: int, new_w: int, random: object) -> None:
+    height, width = random.randint(1, h), random.randint(1, w)
+    box = (random.randint(0, h - height), random.randint(0, w - width), height, width)
+    top, left, tall, wide = scale_box(box, (h, w), (new_h, new_w))
+    assert 0 <= top < top + tall <= new_h
+    assert 0 <= left < left + wide <= new_w
+    assert scale_box(box, (h, w), (h, w)) == box
+    if tall > 1 and wide > 1:
+        assert abs(top - box[0] * new_h / h) <= 0.5
+        assert abs(left + wide - (box[1] + width) * new_w / w) <= 0.5
+
+
+# ---------------------------------------------------------------- clips
+
+
+def whole(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    return [(0, 0, height, width)]
+
+
+def read(
+    video: list[bytes | OSError], which: list[int], size: int = 24, repeats: int = 1, **options: object
+) -> tuple[np.ndarray, dict[int, str], list[int]]:
+    asked: list[int] = []
+
+    def bytes_of(frame: int) -> bytes:
+        asked.append(frame)
+        if isinstance(video[frame], OSError):
+            raise video[frame]
+        return video[frame]
+
+    out = torch.full((repeats, len(which), size, size, 3), 255, dtype=torch.uint8)
+    boxes = options.pop("boxes", lambda h, w: whole(h, w) * repeats)
+    options.setdefault("reduced", False)
+    damaged = read_clip(bytes_of, np.array(which), boxes, out, n_frames=len(video), **options)
+    return out.numpy(), damaged, asked
+
+
+def alone(data: bytes, size: int = 24, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """A frame by Pillow: open, crop, resize."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    top, left, height, width = box or (0, 0, image.height, image.width)
+    cut = image.crop((left, top, left + width, top + height))
+    return np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def same(clip: np.ndarray, frames: list[np.ndarray]) -> bool:
+    return len(clip) == len(frames) and all(difference(a, b) <= 1 for a, b in zip(clip, frames, strict=True))
+
+
+VIDEO = [jpeg(48, 64, i) for i in range(8)]
+
+
+@pytest.mark.parametrize("which", [[0, 2, 4], [3, 3, 3], [1, 7, 7, 2, 0]])
+@pytest.mark.parametrize("chunk", [1, 2 * 48 * 64 * 3, 1 << 22])
+def test_frames_are_read_once_and_come_in_the_order_asked(
+    which: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames_module, "CHUNK_BYTES", chunk)
+    (clip,), damaged, asked = read(VIDEO, which)
+    assert same(clip, [alone(VIDEO[i]) for i in which])
+    assert not damaged
+    assert asked == sorted(set(which))
+
+
+def test_repeats_are_several_crops_of_one_decoding() -> None:
+    boxes = [(0, 0, 48, 48), (10, 20, 30, 40)]
+    clips, _, asked = read(VIDEO, [1, 3, 5], repeats=2, boxes=lambda h, w: boxes)
+    assert asked == [1, 3, 5]
+    for clip, box in zip(clips, boxes, strict=True):
+        assert same(clip, [alone(VIDEO[i], box=box) for i in (1, 3, 5)])
+
+
+def test_other_sizes_and_kinds_inside_one_video() -> None:
+    """The box is the same share of each frame."""
+    video = [jpeg(48, 64), jpeg(96, 128, 1), encode(Image.fromarray(picture(48, 64, 2)), "PNG"), jpeg(24, 32, 3)]
+    (clip,), damaged, _ = read(video, [0, 1, 2, 3], boxes=lambda h, w: [(h // 4, w // 4, h // 2, w // 2)])
+    expected = [(12, 16, 24, 32), (24, 32, 48, 64), (12, 16, 24, 32), (6, 8, 12, 16)]
+    assert same(clip, [alone(data, box=box) for data, box in zip(video, expected, strict=True)])
+    assert not damaged
+
+
+# ---------------------------------------------------------------- damage
+
+BAD = {
+    "empty": b"",
+    "text": b"this is no picture\n" * 20,
+    "cut at 10 %": VIDEO[0][: len(VIDEO[0]) // 10],
+    "cut at 50 %": VIDEO[0][: len(VIDEO[0]) // 2],
+    "cut at 99 %": VIDEO[0][: len(VIDEO[0]) * 99 // 100],
+    "wrong header": b"\x00\x01" + VIDEO[0][2:],
+    "cut PNG": encode(Image.fromarray(picture(48, 64)), "PNG")[:2000],
+    "vanished": FileNotFoundError(2, "No such file or directory"),
+    "forbidden": PermissionError(13, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_damaged_frame_is_replaced_by_its_nearest_good_one_and_named_once(kind: str) -> None:
+    video = [*VIDEO[:3], BAD[kind], *VIDEO[4:]]
+    (clip,), damaged, _ = read(video, [1, 3, 3, 5])
+    assert same(clip, [alone(video[1]), alone(video[2]), alone(video[2]), alone(video[5])])
+    assert list(damaged) == [3]
+    assert damaged[3]
+    assert "\n" not in damaged[3]
+
+
+def test_the_first_frame_and_runs_of_damage() -> None:
+    video = [b"", b"", VIDEO[2], b"", b"", b"", VIDEO[6]]
+    (clip,), damaged, _ = read(video, [0, 3, 5])
+    assert same(clip, [alone(VIDEO[2]), alone(VIDEO[2]), alone(VIDEO[6])])
+    assert set(damaged) >= {0, 3, 5}
+    assert set(damaged) <= {0, 1, 3, 4, 5}
+
+
+def test_a_video_without_a_good_frame_says_so() -> None:
+    with pytest.raises(NoFrame) as caught:
+        read([b"", b"x" * 50, VIDEO[0][:300]], [0, 2])
+    assert sorted(caught.value.damaged) == [0, 1, 2]
+
+
+def test_neighbours_come_nearest_first() -> None:
+    assert list(neighbours(2, 6)) == [1, 3, 0, 4, 5]
+    assert list(neighbours(0, 1)) == []
+
+
+def test_tolerant_what_decodes_of_a_frame_is_used_before_a_neighbour() -> None:
+    big = [jpeg(96, 128, i, quality=95) for i in range(3)]
+    cut = [big[0], big[1][: len(big[1]) // 2], big[2]]
+    (clip,), damaged, _ = read(cut, [0, 1, 2], tolerant=True, size=96)
+    good, neighbour = alone(big[1], 96), alone(big[0], 96)
+    assert difference(clip[1][:30], good[:30]) <= 1
+    assert difference(clip[1][:30], neighbour[:30]) > 20
+    assert damaged.keys() == {1}
+    (strict,), _, _ = read(cut, [0, 1, 2], tolerant=False, size=96)
+    assert same(strict, [alone(big[0], 96), neighbour, alone(big[2], 96)])
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut at 10 %", "wrong header", "vanished", "forbidden"])
+def test_tolerant_a_frame_of_which_nothing_decodes_gives_way_to_a_neighbour(kind: str) -> None:
+    (clip,), damaged, _ = read([VIDEO[4], BAD[kind], VIDEO[5]], [1], tolerant=True)
+    assert same(clip, [alone(VIDEO[4])])
+    assert list(damaged) == [1]
+
+
+def test_tolerant_a_whole_neighbour_comes_before_a_nearer_cut_one() -> None:
+    cut = jpeg(96, 128, 1, quality=95)
+    cut = cut[: len(cut) // 2]
+    (clip,), _, _ = read([VIDEO[3], cut, b""], [2], tolerant=True)
+    assert same(clip, [alone(VIDEO[3])])
+    (only_cut,), damaged, _ = read([cut, b"", b""], [2], tolerant=True)
+    assert sorted(damaged) == [0, 1, 2]
+    assert difference(only_cut[0][:6], alone(jpeg(96, 128, 1, quality=95))[:6]) <= 1
+
+
+def test_a_cut_png_shows_its_upper_part_where_that_is_wanted() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    data = encode(Image.fromarray(noise), "PNG")
+    image = decode_frame(data[: len(data) // 2], tolerant=True)
+    assert np.array_equal(image[:20], noise[:20])
+    assert not image[-10:].any()
+    with pytest.raises(DamagedFrame):
+        decode_frame(data[: len(data) // 2])
+    with pytest.raises(DamagedFrame):  # the setting of Pillow went back
+        decode_frame(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF"]
+)
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_scraps_are_damage_and_nothing_worse(data: bytes, tolerant: bool) -> None:
+    with pytest.raises(DamagedFrame):
+        decode_frame(data, tolerant=tolerant)
+    with pytest.raises(DamagedFrame):
+        frame_size(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_corruption_raises_anything_but_damage(data: st.DataObject) -> None:
+    source = data.draw(st.sampled_from([VIDEO[0], encode(Image.fromarray(picture(30, 40)), "PNG")]))
+    broken = bytearray(source)
+    for _ in range(data.draw(st.integers(1, 8))):
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    broken = bytes(broken[: data.draw(st.integers(1, len(broken)))])
+    for tolerant in (False, True):
+        try:
+            image = decode_frame(broken, tolerant=tolerant)
+        except DamagedFrame:
+            continue
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+        assert image.shape[2] == 3
+
+
+# ---------------------------------------------------------------- huge frames
+
+
+def test_a_huge_jpeg_is_decoded_reduced_whatever_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 100_000)
+    data = jpeg(800, 1200)
+    assert decode_frame(data).shape == (200, 300, 3)
+    out = torch.empty((1, 1, 32, 32, 3), dtype=torch.uint8)
+    assert read_clip(lambda _: data, np.array([0]), whole, out, n_frames=1, reduced=False) == {}
+    assert psnr(out[0, 0].numpy(), alone(data, 32)) > 30
+
+
+def test_a_jpeg_that_is_huge_even_reduced_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 100)
+    with pytest.raises(DamagedFrame, match="128x96 pixels are too many"):
+        decode_frame(jpeg(96, 128))
+
+
+def test_a_huge_png_is_a_damaged_frame_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 1000)
+    with pytest.raises(DamagedFrame, match="64x48 pixels are too many for a PNG"):
+        decode_frame(encode(Image.fromarray(picture(48, 64)), "PNG"))
+
+
+def test_pillows_alarm_about_huge_files_is_not_heard(monkeypatch: pytest.MonkeyPatch, recwarn: object) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    png = encode(Image.fromarray(picture(48, 64)), "PNG")
+    assert decode_frame(png).shape == (48, 64, 3)
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DamagedFrame, match=r"exceeds limit|pixels"):
+        decode_frame(png)
