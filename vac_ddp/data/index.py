@@ -213,6 +213,8 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
             f"{share:.1%} of {index.root} is damaged ({len(bad)} of {len(index)} videos without a good frame, "
             f"{index.damaged} damaged frames met): repair it, or raise data.max_damaged (now {settings.max_damaged:g})"
         )
+    if index.damaged:
+        index.notes.append(f"{index.root}: {index.damaged} damaged frames were met in looking for a good one a video")
     if not len(bad):
         return index
     kept = index.take(np.flatnonzero(found.states == scanning.GOOD))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from vac_ddp.files import write_atomic
 from vac_ddp.settings import DataSettings
 
 COLUMNS = ("video", "class", "source", "part")
+PARTS = ("train", "val", "unused")
 _NAMED = 5
 _FAR = 0.1  # a class whose validation share is this far from the wish is named
 
@@ -164,34 +166,43 @@ def read_split(path: str | Path, index: Index) -> Split:
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"cannot read the split {path}: {error.strerror}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    reader = csv.reader(io.StringIO(text, newline=""))
+    columns: tuple[list[str], ...] = ([], [], [], [])
+    if tuple(next(reader, ())) != COLUMNS:
         raise UserError(f"{path} is no split: its first line must be {','.join(COLUMNS)}")
-    rows = {row["video"]: row for row in reader}
+    for row in reader:
+        if len(row) != len(COLUMNS) or row[3] not in PARTS:
+            raise UserError(f"{path} line {reader.line_num} is not video,class,source and one of {', '.join(PARTS)}")
+        for column, value in zip(columns, row, strict=True):
+            column.append(sys.intern(value))
+    videos, classes, sources, parts = columns
     names = list(index.names)
-    _same_videos(path, rows, names, index)
-    parts = np.array([rows[name]["part"] for name in names], object)
-    for name, label in zip(names, index.labels.tolist(), strict=True):
-        if label >= 0 and rows[name]["class"] != index.classes[label]:
+    if videos != names:
+        _same_videos(path, videos, names, index)
+        place = {video: i for i, video in enumerate(videos)}
+        order = [place[name] for name in names]
+        classes, sources, parts = ([column[i] for i in order] for column in (classes, sources, parts))
+    for name, label, known in zip(names, index.labels.tolist(), classes, strict=True):
+        if label >= 0 and known != index.classes[label]:
             raise UserError(
-                f"{path} has {name} in class {rows[name]['class']}, the data in {index.classes[label]}: "
-                "the data changed since the split was made"
+                f"{path} has {name} in class {known}, the data in {index.classes[label]}: "
+                "bring the data back as it was, or begin a new run"
             )
-        if rows[name]["part"] not in ("train", "val", "unused"):
-            raise UserError(f"{path} puts {name} into {rows[name]['part']}: expected train, val or unused")
     return Split(
-        train=np.flatnonzero(parts == "train"),
-        val=np.flatnonzero(parts == "val"),
-        groups=[rows[name]["source"] for name in names],
+        train=np.array([i for i, part in enumerate(parts) if part == "train"], np.int64),
+        val=np.array([i for i, part in enumerate(parts) if part == "val"], np.int64),
+        groups=sources,
         grammar="as written",
         notes=[f"split: read from {path}"],
     )
 
 
-def _same_videos(path: Path, rows: dict[str, dict[str, str]], names: list[str], index: Index) -> None:
-    there = set(names)
-    gone = [name for name in rows if name not in there]
-    new = [name for name in names if name not in rows]
+def _same_videos(path: Path, videos: list[str], names: list[str], index: Index) -> None:
+    listed, there = set(videos), set(names)
+    if len(listed) < len(videos):
+        raise UserError(f"{path} names a video twice: it is not as it was written")
+    gone = [name for name in videos if name not in there]
+    new = [name for name in names if name not in listed]
     for some, what in ((gone, f"of {path} are not in {index.root}"), (new, f"of {index.root} are not in {path}")):
         if some:
             more = f" and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
