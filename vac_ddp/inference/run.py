@@ -75,6 +75,7 @@ def predict_views(
     found = _open_together(task, out, kind, overwrite=overwrite, say=say)
     result = Done(path=out / NAME, reused=len(found.done))
     if found.complete:
+        parts.drop_parts(out)
         return result
     todo = np.setdiff1d(np.arange(len(task.head.ids)), found.done)
     own = todo[deal(task.costs[todo], distributed.world_size())[distributed.rank()]]

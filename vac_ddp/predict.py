@@ -1,0 +1,254 @@
+"""Predict: `vac predict [--nproc N] --run DIR --data DIR [--out DIR] [group.name=value ...]`, or under torchrun.
+
+The torchrun of Python before 3.12.8 takes `--run` for its own `--run-path` and ends. There write
+`torchrun ... -m vac_ddp.predict -- --run DIR`, or `run.dir=DIR`, which means the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import numpy as np
+
+from vac_ddp import config as settings_io
+from vac_ddp import distributed
+from vac_ddp.errors import Findings, UserError
+from vac_ddp.inference import scoring, submission
+from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.metrics import log_softmax
+from vac_ddp.settings import Config
+from vac_ddp.status import run_door
+
+if TYPE_CHECKING:
+    import torch
+
+    from vac_ddp.models.sources import Source
+
+ABOUT = "Predict a test folder, evaluate a labelled one, or name what one video shows."
+CHANGEABLE = ("predict.", "data.", "clip.", "train.precision")
+TOP = 5
+NAMED = 5
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What was asked for."""
+
+    weights: str
+    data: Path
+    out: Path | None
+    sample: str | None
+    views: str | None
+    overwrite: bool
+    debug: bool
+    words: list[str]
+
+
+def parse(argv: list[str]) -> Options:
+    """Read the command line; UserError in one line, --help ends here."""
+    parser = argparse.ArgumentParser(
+        prog="vac predict",
+        description=ABOUT,
+        allow_abbrev=False,
+        epilog="group.name=value changes the run's settings: "
+        + ", ".join(name for name in settings_io.leaves() if name.startswith("predict."))
+        + ", data.workers, train.precision, clip.short_side and other settings of data and clip.",
+    )
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="a run directory: its best_<model>.pt is used")
+    add("--weights", metavar="FILE", help="or a best_<model>.pt itself")
+    add("--data", metavar="DIR", required=True, help="<video>/*.jpg, labelled <class>/<video>/*.jpg, CSV, packed set; "
+        "or one video: a folder of frames or a video file")  # fmt: skip
+    add("--out", metavar="DIR", help="where the results go (default: RUN/predictions/<name of the data folder>)")
+    add("--sample", metavar="CSV", help="write submission.csv after the rows of this sample_submission.csv")
+    add("--views", metavar="KxC", help="K windows over the video x C crops (5x3), with +flip also mirrored")
+    add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
+    add("--overwrite", action="store_true", help="throw away another prediction that --out holds")
+    add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
+    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
+    flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
+    for word in [word for word in words if word.startswith("run.dir=")]:
+        flags.run = word.partition("=")[2]
+        words.remove(word)
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            raise UserError(f"unknown argument {word} (see --help)")
+    if (flags.run is None) == (flags.weights is None):
+        raise UserError("give one of --run DIR and --weights FILE")
+    return Options(
+        weights=flags.run or flags.weights,
+        data=Path(flags.data).expanduser(),
+        out=Path(flags.out).expanduser() if flags.out else None,
+        sample=flags.sample,
+        views=flags.views,
+        overwrite=flags.overwrite,
+        debug=flags.debug,
+        words=words,
+    )
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+def prediction_settings(saved: dict[str, Any], options: Options, where: str) -> Config:
+    """The run's settings with what the command line changes. UserError for a setting that means nothing here."""
+    config = settings_io.from_dict(saved, where=where)
+    if options.views:
+        windows, x, rest = options.views.removesuffix("+flip").partition("x")
+        if not (windows.isdigit() and int(windows) and x and rest in ("1", "3")):
+            raise UserError(f"--views {options.views}: expected KxC with C 1 or 3, as 5x3 or 2x3+flip")
+        views = config.predict.views
+        views.windows, views.count, views.crops = "spread", int(windows), int(rest)
+        views.flip = options.views.endswith("+flip")
+    for word in options.words:
+        settings_io.override(config, word)
+        if not word.startswith(CHANGEABLE):
+            raise UserError(f"{word}: a prediction has the run's setting; it can change {', '.join(CHANGEABLE)}")
+    if options.debug:
+        config.data.workers = 0
+    settings_io.check(config)
+    return config
+
+
+Kind = Literal["video file", "frames", "test", "labelled"]
+
+
+def kind_of(data: Path) -> Kind:
+    """What --data names, by a first look."""
+    from vac_ddp.data.pack import is_pack, read_facts
+    from vac_ddp.data.scan import IMAGE_SUFFIXES, VIDEO_SUFFIXES, looks_labelled
+
+    if not data.exists():
+        raise UserError(f"no such data: {data} (expected a folder of videos, one video, a packed set, or a CSV)")
+    if data.is_file() and data.suffix.lower() in VIDEO_SUFFIXES:
+        return "video file"
+    if is_pack(data):
+        return "labelled" if read_facts(data)["labelled"] else "test"
+    if data.is_dir():
+        with os.scandir(data) as entries:
+            own = [e.name for e in entries if not e.name.startswith(".") and e.name.lower().endswith(IMAGE_SUFFIXES)]
+            if own:
+                return "frames"
+    return "labelled" if looks_labelled(data) else "test"
+
+
+# ---------------------------------------------------------------- the program
+
+
+def predict(argv: list[str]) -> dict[str, Any] | None:
+    """Parse, build, run, close. Returns facts for the status file; raises Findings for videos without an answer."""
+    options = parse(argv)
+    kind = kind_of(options.data)
+    if options.sample:
+        submission.read_sample(options.sample)
+    weights = _weights_file(options.weights)
+    from vac_ddp.engine.signals import StopRequest
+    from vac_ddp.models.sources import open_own
+
+    source = open_own(weights)
+    config = prediction_settings(source.config or {}, options, str(weights))
+    device = distributed.pick_device()
+    distributed.start(device, timeout_s=config.health.start_timeout_s)
+    stop = StopRequest()
+    stop.install()
+    try:
+        if kind in ("video file", "frames"):
+            _predict_one(options, config, source, device, kind)
+        else:
+            _predict_folder(options, config, source, device, labelled=kind == "labelled", stop=stop.wanted)
+    finally:
+        stop.restore()
+    return {"run": options.weights, "step": None}
+
+
+def _weights_file(asked: str) -> Path:
+    path = Path(asked).expanduser()
+    if path.is_dir() and not any(path.glob("best_*.pt")):
+        raise UserError(f"{path} has no best_<model>.pt: give a run that has been validated, or --weights FILE")
+    return path
+
+
+def _predict_folder(
+    options: Options, config: Config, source: Source, device: torch.device, *, labelled: bool, stop: Callable[[], int]
+) -> None:
+    """A folder of videos: views file, submission, scores, and the evaluation where there are labels."""
+    from vac_ddp import prediction
+    from vac_ddp.job import on_main_first
+
+    out = options.out or source.path.parent / "predictions" / options.data.resolve().name
+    with prediction.locked(out):
+        index = prediction.read_index(options.data, config, source, out, labelled=labelled)
+        for note in index.notes:
+            prediction.say(note)
+        task = prediction.make_task(config, source, index, device)
+        on_main_first(lambda: prediction.gate(task.head.ids, options.sample), lambda: None)
+        done = prediction.score(task, config, source, index, device, out, overwrite=options.overwrite, stop=stop)
+        prediction.say_how(done, task)
+        failed = on_main_first(lambda: prediction.finish(out, config, options.sample), list)
+    failed = distributed.broadcast_object(failed)
+    if failed:
+        shown = ", ".join(failed[:NAMED]) + (", ..." if len(failed) > NAMED else "")
+        raise Findings(
+            f"{len(failed)} of {len(index)} videos have no frame that can be decoded and got the class prior: {shown}"
+        )
+
+
+def _predict_one(options: Options, config: Config, source: Source, device: torch.device, kind: Kind) -> None:
+    """One video: its best classes are printed, and files are written only where --out says so."""
+    from vac_ddp import prediction
+
+    if distributed.world_size() > 1:
+        raise UserError(f"{options.data} is one video: start `vac predict` without torchrun")
+    with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
+        root = Path(scratch) / "data"
+        root.mkdir()
+        if kind == "frames":
+            (root / options.data.resolve().name).symlink_to(options.data.resolve(), target_is_directory=True)
+        else:
+            prediction.unpack_video(options.data, root / options.data.stem, short_side=2 * config.clip.size)
+        config.data.cache, config.data.workers = scratch, 0
+        out = options.out or Path(scratch) / "out"
+        index = prediction.read_index(root, config, source, out, labelled=False)
+        task = prediction.make_task(config, source, index, device)
+        prediction.score(task, config, source, index, device, out, overwrite=options.overwrite, stop=lambda: 0)
+        views = read_views(out)
+        if views.failed[0]:
+            raise UserError(f"{options.data}: no frame of it can be decoded")
+        if options.out:
+            prediction.finish(out, config, options.sample)
+    shares = np.exp(log_softmax(scoring.average_views(views.logits)[0]))
+    for number in np.argsort(-shares, kind="stable")[:TOP].tolist():
+        print(f"{shares[number]:.4f}  {views.classes[number]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit statuses are in `errors`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--nproc" for word in argv):
+        from vac_ddp.cli import run
+
+        return run(_start_ranks, argv)
+    return run_door(predict, argv)
+
+
+def _start_ranks(argv: list[str]) -> int:
+    """Check what one process can check, then start the ranks."""
+    from vac_ddp.tools.launch import run_ranks, take_nproc
+
+    ranks, rest = take_nproc(argv)
+    options = parse(rest)
+    kind_of(options.data)
+    _weights_file(options.weights)
+    return main(rest) if ranks == 1 else run_ranks("vac_ddp.predict", rest, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

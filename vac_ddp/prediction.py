@@ -1,0 +1,257 @@
+"""From a checkpoint and a data folder to a views file and its results: the rooms of a prediction, tied together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vac_ddp import __version__, distributed
+from vac_ddp.data.dataset import TestViews
+from vac_ddp.data.index import Index, open_index
+from vac_ddp.data.loader import worker_count
+from vac_ddp.data.sampling import test_windows
+from vac_ddp.data.sources import find_sources
+from vac_ddp.engine.lock import RunLock
+from vac_ddp.errors import UserError
+from vac_ddp.files import write_text
+from vac_ddp.inference import evaluation, scoring, submission
+from vac_ddp.inference.forward import Scorer
+from vac_ddp.inference.parts import FOLDER
+from vac_ddp.inference.run import Done, Task, predict_views
+from vac_ddp.inference.views import video_costs, view_table
+from vac_ddp.inference.viewsfile import ViewsHead, read_views
+from vac_ddp.job import on_main_first, precision_of
+from vac_ddp.models import load_model
+from vac_ddp.models.sources import Source
+from vac_ddp.settings import Config
+
+NAMED = 5
+
+
+def say(text: str) -> None:
+    """One line for people, from rank 0."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """OUT is this prediction's alone as long as it runs."""
+    lock = RunLock(out)
+
+    def take() -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {out}: {error.strerror}; give another folder with --out") from error
+        lock.take()
+
+    on_main_first(take, lambda: None)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_index(root: Path, config: Config, source: Source, out: Path, *, labelled: bool) -> Index:
+    """Rank 0 scans, or reads the cached index; the others read what it left in OUT/parts."""
+
+    def read() -> Index:
+        return open_index(
+            root,
+            labelled=labelled,
+            settings=config.data,
+            classes=source.classes if labelled else None,
+            scan=distributed.is_main(),
+            cache_file=out / FOLDER / "index.cache",
+        )
+
+    return on_main_first(read, read)
+
+
+def make_task(config: Config, source: Source, index: Index, device: torch.device) -> Task:
+    """What is predicted, and the fingerprint under which finished parts of it count."""
+    views, classes, names = config.predict.views, list(source.classes or []), list(index.names)
+    precision = precision_of(config, device)
+    settings = {
+        "clip": dataclasses.asdict(config.clip),
+        "views": dataclasses.asdict(views),
+        "precision": precision,
+        "model": config.model.name,
+    }
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
+    digest.update(np.asarray(index.frame_counts, "<i8").tobytes())
+    fingerprint = {"weights": source.sha256[:16], "data": f"{len(names)} videos, {digest.hexdigest()[:16]}"}
+    fingerprint |= {"precision": precision}
+    for group in ("clip", "views"):
+        fingerprint |= {f"{group}.{name}": str(value) for name, value in settings[group].items()}
+    return Task(
+        head=ViewsHead(
+            ids=names,
+            classes=classes,
+            views=view_table(views, len(test_windows(1, config.clip, views))),
+            labels=np.asarray(index.labels, np.int64),
+            sources=_sources(config, index, names),
+            damaged=np.zeros(len(names), np.int64),
+            failed=np.zeros(len(names), bool),
+            about={
+                "weights": source.sha256,
+                "settings": settings,
+                "fingerprint": fingerprint,
+                "versions": {"vac_ddp": __version__, "torch": torch.__version__},
+            },
+        ),
+        costs=video_costs(
+            index.frame_counts, lambda n: test_windows(n, config.clip, views), views.crops * (2 if views.flip else 1)
+        ),
+        fingerprint=fingerprint,
+        prior=log_prior(source.class_counts, len(classes)),
+    )
+
+
+def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:
+    """Logarithm of the class prior (K,) float32: the shares in the training part, or equal ones where not known.
+
+    A class that was never trained on counts as half a video, so that its logarithm is a number.
+    """
+    if counts is None or len(counts) != classes or sum(counts) <= 0:
+        return np.full(classes, -math.log(classes), np.float32)
+    shares = np.maximum(np.asarray(counts, np.float64), 0.5)
+    return np.log(shares / shares.sum()).astype(np.float32)
+
+
+def _sources(config: Config, index: Index, names: list[str]) -> list[str]:
+    """The source of every labelled video, for the interval; empty where names do not tell."""
+    labels = index.labels.tolist()
+    if not labels or min(labels) < 0:
+        return [""] * len(names)
+    try:
+        found = find_sources(names, [index.classes[label] for label in labels], config.data)
+    except UserError as error:
+        say(f"every video counts as its own source: {error}")
+        return [""] * len(names)
+    return list(found.groups) if found.grammar != "none" else [""] * len(names)
+
+
+def score(
+    task: Task,
+    config: Config,
+    source: Source,
+    index: Index,
+    device: torch.device,
+    out: Path,
+    *,
+    overwrite: bool,
+    stop: Callable[[], int],
+) -> Done:
+    """Load the model and send all views through it."""
+    wanted = dataclasses.replace(config.model, weights=str(source.path))
+    loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
+    if loaded.report.missing:
+        raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
+    precision = task.head.about["settings"]["precision"]
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    views = config.predict.views
+    return predict_views(
+        task,
+        Scorer(
+            model=loaded.model.to(device).eval(),
+            device=device,
+            autocast={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision],
+            mean=tuple(loaded.mean),
+            std=tuple(loaded.std),
+            flip=views.flip,
+            clips_per_gpu=config.predict.clips_per_gpu,
+        ),
+        TestViews(
+            index,
+            np.arange(len(index)),
+            config.clip,
+            views,
+            tolerant=True,
+            reduced=config.data.reduced_decode,
+        ),
+        out,
+        workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),
+        prefetch=config.data.prefetch,
+        save_every=config.predict.save_every,
+        overwrite=overwrite,
+        stop=lambda: bool(stop()),
+        say=say,
+    )
+
+
+def say_how(done: Done, task: Task) -> None:
+    """How long it took, and what was damaged."""
+    if done.computed:
+        waited = 100 * done.waited / done.seconds
+        say(
+            f"{done.computed} videos x {len(task.head.views)} views in {done.seconds:.1f} s "
+            f"({done.computed / done.seconds:.1f} videos/s; rank 0 waited {waited:.0f} % of it for frames)"
+        )
+    if done.reused:
+        say(f"{done.reused} videos were there already")
+    for line in done.damage:
+        say(line)
+    if done.damaged_frames > len(done.damage):
+        say(f"{done.damaged_frames} damaged frames in all")
+
+
+def gate(ids: list[str], sample: str | None) -> None:
+    """Raise UserError, before anything is computed, where these videos cannot make a right submission."""
+    answers = [""] * len(ids)
+    if sample is None:
+        submission.submission_text(ids, answers)
+    else:
+        submission.submission_after(submission.read_sample(sample), ids, answers, where=sample)
+
+
+def finish(out: Path, config: Config, sample: str | None) -> list[str]:
+    """From the views file to the results, on rank 0; returns the names of the videos that got the class prior."""
+    views = read_views(out)
+    scores = scoring.average_views(views.logits)
+    numbers = scores.argmax(axis=1).tolist()
+    index = config.predict.answer == "index"
+    answers = [str(number) if index else views.classes[number] for number in numbers]
+    submission.write_submission(out / "submission.csv", views.ids, answers, sample=sample)
+    write_text(out / "scores.csv", submission.scores_text(views.ids, scores, views.classes))
+    if views.labelled:
+        found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)
+        evaluation.write_evaluation(out, found)
+        for line in evaluation.lines(found):
+            say(line)
+    say(f"submission   {out / 'submission.csv'}")
+    say(f"views        {views.path} (vac score reads it)")
+    return [name for name, failed in zip(views.ids, views.failed.tolist(), strict=True) if failed]
+
+
+def unpack_video(path: Path, folder: Path, *, short_side: int) -> None:
+    """Write the frames of a video file as JPEGs, not larger than needed. UserError where it cannot be decoded."""
+    import simplejpeg
+
+    try:
+        import av
+    except ImportError:
+        raise UserError("video files need PyAV: pip install av, or give a folder of frames") from None
+    folder.mkdir()
+    try:
+        with av.open(str(path)) as container:
+            for number, frame in enumerate(container.decode(video=0), start=1):
+                shrink = max(1.0, min(frame.width, frame.height) / short_side)
+                picture = frame.to_ndarray(
+                    format="rgb24", width=round(frame.width / shrink), height=round(frame.height / shrink)
+                )
+                data = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=95, colorsubsampling="444")
+                (folder / f"{number:06}.jpg").write_bytes(data)
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a video: {error}") from None
+    if not any(folder.iterdir()):
+        raise UserError(f"{path} has no frames")
