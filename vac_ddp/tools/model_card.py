@@ -1,0 +1,182 @@
+"""The README.md of an exported model, filled from the run. Pure text, nothing is read or written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vac_ddp.settings import Config
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_FIGURES = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_class": "mean accuracy over classes",
+    "loss": "cross-entropy",
+    "calibration_error": "calibration error",
+}
+_RECIPE = ("clip", "augment", "model", "optim", "train", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the card says: facts of the run, and what the export wrote and compared.
+
+    parts: videos by part of the split ("train", "val", "unused"); empty where the split is not known. compared: one
+    line for every comparison of logits. versions: name to version.
+    """
+
+    config: Config
+    classes: list[str]
+    metrics: dict[str, float]
+    parts: dict[str, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    parameters: int
+    hf: bool
+    onnx: bool
+    compared: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_card(card: Card) -> str:
+    """The model card as Markdown with the YAML head that the hub reads."""
+    sections = [_head(card), _summary(card), _results(card), _data(card), _recipe(card), _use(card), _compared(card)]
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def _head(card: Card) -> str:
+    model = card.config.model
+    lines = ["---", "pipeline_tag: video-classification"]
+    if card.hf:
+        lines.append("library_name: transformers")
+    lines += ["tags:", "- video-classification", f"- {model.name}", "- vac_ddp"]
+    if model.weights and _HUB_ID.match(model.weights) and not Path(model.weights).exists():
+        lines.append(f"base_model: {model.weights}")
+    return "\n".join([*lines, "metrics:", "- accuracy", "---"])
+
+
+def _summary(card: Card) -> str:
+    config = card.config
+    name = f"{config.model.name} for {len(card.classes)} classes of videos"
+    began = _origin(config.model.weights)
+    return (
+        f"# {name}\n\n"
+        f"A {config.model.name} with {card.parameters:,} parameters that tells the class of a video "
+        f"from {config.clip.frames} of its frames at {config.clip.size} x {config.clip.size} pixels. {began} "
+        "Trained with vac_ddp."
+    )
+
+
+def _origin(weights: str | None) -> str:
+    if weights is None:
+        return "It was trained from nothing."
+    if _HUB_ID.match(weights) and not Path(weights).exists():
+        return f"It was fine-tuned from `{weights}`."
+    return f"It was fine-tuned from weights in `{Path(weights).name}`."
+
+
+def _results(card: Card) -> str:
+    if not card.metrics:
+        return "## Results\n\nThe run had no validation part: nothing was measured."
+    count = f"{card.parts['val']} validation videos" if card.parts.get("val") else "the validation videos"
+    rows = [
+        f"| {_FIGURES.get(name, name)} | {value:.4f} |"
+        for name, value in card.metrics.items()
+        if isinstance(value, int | float)
+    ]
+    views = card.config.val
+    how = (
+        f"{views.count} clip{'s' * (views.count != 1)} a video"
+        if views.windows != "offsets"
+        else "clips at " + ", ".join(str(offset) for offset in views.offsets)
+    )
+    crops = f", {views.crops} crops" if views.crops > 1 else ""
+    return "\n".join(
+        ["## Results", "", f"On {count}, each scored once ({how}{crops}):", "", "| | |", "|---|---|", *rows]
+    )
+
+
+def _data(card: Card) -> str:
+    data = card.config.data
+    counts = ", ".join(f"{count} {part}" for part, count in card.parts.items() if count)
+    if data.official_lists:
+        split = f"the official lists, split {data.official_split}"
+    elif data.val:
+        split = f"validation on `{Path(data.val).name}`"
+    elif data.fold:
+        split = f"fold {data.fold}, videos of one source on one side (sources by {data.group_by})"
+    elif data.val_fraction == 0:
+        split = "none, all videos train"
+    else:
+        split = f"{data.val_fraction:.0%} held out, videos of one source on one side (sources by {data.group_by})"
+    lines = ["## Data", "", f"- Videos: `{Path(data.train).name}`" + (f" ({counts})" if counts else "")]
+    lines += [f"- Split: {split}, seed {card.config.seed}", f"- Classes ({len(card.classes)}): {_listed(card.classes)}"]
+    return "\n".join(lines)
+
+
+def _listed(classes: list[str], limit: int = 120) -> str:
+    more = f" and {len(classes) - limit} more" if len(classes) > limit else ""
+    return ", ".join(f"`{name}`" for name in classes[:limit]) + more
+
+
+def _recipe(card: Card) -> str:
+    import yaml
+
+    groups: dict[str, Any] = {"seed": card.config.seed}
+    for group in _RECIPE:
+        groups[group] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(getattr(card.config, group)).items()
+        }
+    weights = groups["model"]["weights"]
+    if weights and not _HUB_ID.match(weights):
+        groups["model"]["weights"] = Path(weights).name
+    text = yaml.safe_dump(groups, sort_keys=False, allow_unicode=True)
+    return f"## Recipe\n\nAll settings that shape the weights:\n\n```yaml\n{text}```"
+
+
+def _use(card: Card) -> str:
+    clip = card.config.clip
+    short = clip.short_side or clip.size
+    numbers = " and ".join(" ".join(f"{x:g}" for x in values) for values in (card.mean, card.std))
+    step = f"every {clip.stride}. frame" if clip.sampling == "dense" and clip.stride > 1 else "neighbouring frames"
+    frames = step if clip.sampling == "dense" else "one frame of each of as many equal segments of the video"
+    lines = [
+        "## Use",
+        "",
+        f"Input: {clip.frames} frames ({frames}), resized to a short side of {short} pixels (bilinear, antialiased), "
+        f"the middle {clip.size} x {clip.size} of it, divided by 255, normalised with mean and deviation {numbers}.",
+    ]
+    if card.hf:
+        lines += [
+            "",
+            "```python",
+            "from transformers import pipeline",
+            "",
+            'classify = pipeline("video-classification", model="THIS_FOLDER")',
+            f"classify(frames)  # uint8 array ({clip.frames}, height, width, 3), chosen as above",
+            "```",
+        ]
+    if card.onnx:
+        shape = f"(N, {clip.frames}, 3, {clip.size}, {clip.size})"
+        lines += [
+            "",
+            "```python",
+            "import json, onnxruntime",
+            "",
+            'session = onnxruntime.InferenceSession("THIS_FOLDER/model.onnx")',
+            f'(logits,) = session.run(None, {{"clips": clips}})  # float32 {shape}, normalised as above',
+            'classes = json.load(open("THIS_FOLDER/classes.json"))  # logits (N, classes) are in this order',
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _compared(card: Card) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
+    lines = ["## Checked when exported", "", *(f"- {line}" for line in card.compared), f"- Versions: {versions}"]
+    return "\n".join(lines)
