@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
+from vac_ddp.data.augment import HOST_PARAMETERS
+
 
 @dataclass(kw_only=True)
 class Batch:
@@ -46,7 +48,7 @@ class Batch:
         """What the step computes with on `device`; the parameters of `augment_clips` stay in host memory."""
         moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("clips", "labels", "noise")}
         params = {
-            name: value.to(device, non_blocking=non_blocking) if _mixing(name) else value
+            name: value if name in HOST_PARAMETERS else value.to(device, non_blocking=non_blocking)
             for name, value in self.params.items()
         }
         return replace(self, params=params, **moved)
@@ -70,10 +72,6 @@ class Batch:
         state["params"] = {name: torch.from_numpy(value) for name, value in state["params"].items()}
         for name, value in state.items():
             setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
-
-
-def _mixing(name: str) -> bool:
-    return name == "partner" or name.startswith("mix_")
 
 
 @dataclass(kw_only=True)

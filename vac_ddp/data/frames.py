@@ -56,7 +56,7 @@ def decode_frame(
     factor : 1, 2, 4 or 8, or a function of (height, width)
         Decode a JPEG at 1/factor of its size, rounded up. A frame of more than `MAX_PIXELS` is reduced further.
     tolerant : bool
-        Take what can be decoded of a file that is cut off or corrupt; the rest of the picture is grey or black.
+        For a file that was found damaged: take what can be decoded; the rest of the picture is grey or black.
     buffer : contiguous uint8 array, optional
         Where the pixels of a JPEG go if they fit; the result is then a view of it.
 
@@ -73,10 +73,7 @@ def decode_frame(
         orientation = _orientation(data)
         if not isinstance(factor, int):
             factor = factor(width, height) if orientation > 4 else factor(height, width)
-        while (height // factor) * (width // factor) > MAX_PIXELS:
-            factor *= 2
-            if factor > 8:
-                raise DamagedFrame(f"{width}x{height} pixels are too many (limit {MAX_PIXELS}, at 1/8 of the size)")
+        factor = _bounded_factor(height, width, factor)
         if colour in ("CMYK", "YCCK"):
             return _decode_pillow(data, tolerant, factor)
         image = _decode_jpeg(data, height, width, factor, tolerant, buffer)
@@ -88,14 +85,17 @@ def decode_frame(
 
 
 def frame_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of an image file as it is shown, from its header. Raises DamagedFrame."""
+    """(height, width) of an image file as it is shown, from its header. Raises DamagedFrame as `decode_frame` does."""
     try:
         if data[:2] == b"\xff\xd8":
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            _bounded_factor(height, width, 1)
             return (width, height) if _orientation(data) > 4 else (height, width)
         with _open_pillow(data) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
+    except DamagedFrame:
+        raise
     except Exception as error:
         raise DamagedFrame(_reason(data, error)) from error
 
@@ -127,10 +127,6 @@ def _decode_pillow(data: bytes, tolerant: bool, factor: int = 1) -> np.ndarray:
         with _open_pillow(data) as image:
             if image.format == "JPEG":
                 image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-            elif image.width * image.height > MAX_PIXELS:
-                raise DamagedFrame(
-                    f"{image.width}x{image.height} pixels are too many for a {image.format} (limit {MAX_PIXELS})"
-                )
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey; convert() would cut it off at 255
                 grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -145,7 +141,20 @@ def _decode_pillow(data: bytes, tolerant: bool, factor: int = 1) -> np.ndarray:
 def _open_pillow(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides, and says so
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
+    if image.format != "JPEG" and image.width * image.height > MAX_PIXELS:
+        raise DamagedFrame(
+            f"{image.width}x{image.height} pixels are too many for a {image.format} (limit {MAX_PIXELS})"
+        )
+    return image
+
+
+def _bounded_factor(height: int, width: int, factor: int) -> int:
+    """`factor`, or the smallest larger one that leaves no more than `MAX_PIXELS`."""
+    for larger in (1, 2, 4, 8):
+        if larger >= factor and (height // larger) * (width // larger) <= MAX_PIXELS:
+            return larger
+    raise DamagedFrame(f"{width}x{height} pixels are too many, even at 1/8 of the size (limit {MAX_PIXELS})")
 
 
 def _orientation(data: bytes) -> int:
@@ -327,7 +336,7 @@ def read_clip(
     def factor(height: int, width: int) -> int:
         return reduction([scale_box(box, shape, (height, width)) for box in crops], size) if reduced else 1
 
-    least = factor(*shape)
+    least = _bounded_factor(*shape, factor(*shape))
     expected = (-(-shape[0] // least), -(-shape[1] // least), 3)
     chunk = min(len(wanted), max(1, CHUNK_BYTES // (expected[0] * expected[1] * 3)))
     buffer = np.empty((chunk, *expected), dtype=np.uint8)
