@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -20,7 +21,7 @@ from vac_ddp.data import loader as loader_module
 from vac_ddp.data.batch import Batch, unit_rows
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.index import open_index
-from vac_ddp.data.loader import Loader, test_loader, to_device, train_loader, worker_count
+from vac_ddp.data.loader import Loader, check_shared_memory, test_loader, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import Key, StepSampler
 from vac_ddp.data.sampling import FRAMES, MIX, generator, test_windows, train_frames
 from vac_ddp.errors import UserError
@@ -338,7 +339,14 @@ def children_of(process: int) -> list[int]:
     return [int(number) for number in text.split()]
 
 
+def test_batches_that_do_not_fit_into_shared_memory_are_refused() -> None:
+    check_shared_memory(100, workers=2, prefetch=3, free=600)
+    with pytest.raises(UserError, match=r"2 loader processes with 3 batches each need 6 MiB .* has 5 MiB free"):
+        check_shared_memory(1 << 20, workers=2, prefetch=3, free=(6 << 20) - 1)
+
+
 SCRIPT = """
+import os
 import sys
 import numpy as np
 from tests.frame_data import MemoryVideos, jpeg
@@ -349,20 +357,35 @@ from vac_ddp.data.sampler import StepSampler
 
 videos = MemoryVideos([[jpeg(48, 64)] * 4] * 24)
 sampler = StepSampler(np.arange(24), seed=0, global_batch=4, clips_per_gpu=4, rank=0, world=1)
-loader = train_loader(TrainClips(videos, np.arange(24), config(), 5, 0), sampler, workers=2, pin=False)
+noise = 40000  # 640 KB a batch through a pipe that holds 64
+loader = train_loader(TrainClips(videos, np.arange(24), config(), noise, 0), sampler, workers=2, pin=False)
 batches = iter(loader)
 next(batches)
+print(open(f"/proc/self/task/{os.getpid()}/children").read())
+sys.stdout.flush()
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), 9)
 if sys.argv[1] == "error":
     raise ValueError("on purpose")
 print("done")
 """
 
 
-@pytest.mark.parametrize("how", ["end", "error"])
-def test_a_program_that_forgets_its_loader_still_ends(how: str) -> None:
-    """Processes that ignore SIGTERM would keep the interpreter waiting at its end."""
+@pytest.mark.parametrize(("how", "status"), [("end", 0), ("error", 1), ("kill", -9)])
+def test_a_program_that_forgets_its_loader_ends_with_all_its_processes(how: str, status: int) -> None:
+    """Processes that ignore SIGTERM would keep the interpreter waiting at its end, and outlive a killed one."""
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, how], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=60
     )
-    assert (process.returncode, "done" in process.stdout) == ((0, True) if how == "end" else (1, False))
+    assert process.returncode == status
+    assert ("done" in process.stdout) == (how == "end")
     assert ("on purpose" in process.stderr) == (how == "error")
+    children = [int(number) for number in process.stdout.split() if number.isdigit()]
+    assert len(children) >= 2
+    assert not [child for child in children if Path(f"/proc/{child}").exists() and is_running(child)]
+
+
+def is_running(process: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

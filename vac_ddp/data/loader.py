@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,16 +21,44 @@ from vac_ddp.data.batch import Batch, TestBatch
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import UserError
+from vac_ddp.settings import ClipSettings
 
+SHARED_MEMORY = Path("/dev/shm")  # where batches lie on their way between processes
 NAMED = 50  # damaged frames that a rank names one by one
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def start_worker(_: int) -> None:
-    """Set up a loader process: the rank decides when it ends, not a signal to the process group; one thread."""
+    """Set up a loader process: its rank decides when it ends, not a signal to the process group; one thread."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
     torch.set_num_threads(1)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process when its rank is gone.
+
+    Without it, one whose pipe is full of batches waits for a reader for ever: it holds the reading end itself.
+    """
+    if sys.platform != "linux":
+        return
+    set_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it went before we asked
+        os._exit(1)
+
+
+def check_shared_memory(batch_bytes: int, *, workers: int, prefetch: int, free: int) -> None:
+    """Refuse loader processes whose batches do not fit into the `free` bytes of shared memory: they would die of it."""
+    needed = batch_bytes * workers * prefetch
+    if needed > free:
+        raise UserError(
+            f"{workers} loader processes with {prefetch} batches each need {needed >> 20} MiB of shared memory, "
+            f"/dev/shm has {free >> 20} MiB free: make it larger (docker run --shm-size), "
+            "or lower data.workers or data.prefetch"
+        )
 
 
 def worker_count(setting: int | None, *, local_ranks: int) -> int:
@@ -52,10 +84,14 @@ class Loader:
         workers: int,
         prefetch: int,
         pin: bool,
+        batch_bytes: int,
         named: int | None,
     ) -> None:
         extra: dict[str, Any] = {}
         if workers:
+            if SHARED_MEMORY.is_dir():
+                free = shutil.disk_usage(SHARED_MEMORY).free
+                check_shared_memory(batch_bytes, workers=workers, prefetch=prefetch, free=free)
             extra = {
                 "prefetch_factor": prefetch,
                 "persistent_workers": True,
@@ -120,7 +156,21 @@ def _as_it_is(batch: Batch | TestBatch) -> Batch | TestBatch:
 
 def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin: bool) -> Loader:
     """Batches of training clips in the order of `sampler`, whose `set_epoch` decides what an iteration yields."""
-    return Loader(dataset, sampler, workers=workers, prefetch=dataset.settings.data.prefetch, pin=pin, named=NAMED)
+    clip, repeats = dataset.settings.clip, dataset.settings.augment.repeats
+    return Loader(
+        dataset,
+        sampler,
+        workers=workers,
+        prefetch=dataset.settings.data.prefetch,
+        pin=pin,
+        batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step) * repeats * clip_bytes(clip),
+        named=NAMED,
+    )
+
+
+def clip_bytes(clip: ClipSettings) -> int:
+    """Bytes of one clip."""
+    return clip.frames * clip.size * clip.size * 3
 
 
 def test_loader(
@@ -129,7 +179,17 @@ def test_loader(
     """TestBatches of the videos at `places` in `dataset`, in this order, the last one may be smaller."""
     ordered = [int(place) for place in places]
     batches = [ordered[i : i + videos_per_batch] for i in range(0, len(ordered), videos_per_batch)]
-    return Loader(dataset, batches, workers=workers, prefetch=prefetch, pin=pin, named=None)
+    views = dataset.views
+    clips = (len(views.offsets) if views.windows == "offsets" else views.count) * views.crops * videos_per_batch
+    return Loader(
+        dataset,
+        batches,
+        workers=workers,
+        prefetch=prefetch,
+        pin=pin,
+        batch_bytes=clips * clip_bytes(dataset.clip),
+        named=None,
+    )
 
 
 test_loader.__test__ = False  # pytest takes imported functions of this name for tests
