@@ -87,22 +87,22 @@ def nearest_subset(sizes: list[int], target: float, *, some: bool, rest: bool) -
     target = min(max(target, 1 if some else 0), whole - 1 if rest else whole)
     limit = min(whole, int(2 * target) + 1 + min(sizes)) + 1  # what is farther away than nothing is not needed
     exact = min(_EXACT, max(16, _EXACT_BITS // limit))
-    dealt, passed, taken = 0, 0, []
-    for i, size in enumerate(sizes[: max(0, len(sizes) - exact)]):
-        passed += size
-        if dealt + size / 2 <= target * passed / whole:
-            dealt += size
-            taken.append(i)
     first = max(0, len(sizes) - exact)
+    share, dealt, taken = target * sum(sizes[:first]) / whole, 0, []
+    for i, size in enumerate(sizes[:first]):
+        if dealt + size > share:
+            break
+        dealt += size
+        taken.append(i)
     reachable = [1 << dealt]
     mask = (1 << (limit + dealt)) - 1
     for size in sizes[first:]:
         reachable.append((reachable[-1] | reachable[-1] << size) & mask)
     last = reachable[-1]
-    sums = [
-        s for s in range(last.bit_length()) if last >> s & 1 and not (some and s == 0) and not (rest and s == whole)
-    ]
-    best = min(sums, key=lambda s: (abs(s - target), s))
+    bits = np.frombuffer(last.to_bytes(last.bit_length() // 8 + 1, "little"), np.uint8)
+    sums = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+    sums = sums[(sums > 0 if some else sums >= 0) & (sums < whole if rest else sums <= whole)]
+    best = int(sums[np.argmin(np.abs(sums - target))])
     for i in range(len(sizes) - 1, first - 1, -1):
         if not reachable[i - first] >> best & 1:
             best -= sizes[i]
