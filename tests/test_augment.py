@@ -17,6 +17,7 @@ from vac_ddp.data.augment import (
     draw_parameters,
     flip_guard,
     normalise,
+    plan,
 )
 from vac_ddp.data.randaugment import Op
 from vac_ddp.errors import UserError
@@ -241,6 +242,13 @@ def test_draws_have_the_frequencies_of_the_notation():
     assert (angles < 0).mean() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.parametrize(("notation", "largest"), [("rand-m9-n8-mstd8", 30.0), ("rand-m9-n8-mstd8-mmax20", 60.0)])
+def test_magnitudes_are_cut_to_their_range(notation, largest):
+    rng, spec = np.random.default_rng(1), randaugment.parse(notation)
+    angles = [abs(value) for _ in range(400) for op, value in randaugment.draw(rng, spec) if op is Op.ROTATE]
+    assert (min(angles), max(angles)) == (0.0, largest)
+
+
 # ---- single operations against Pillow (through timm) and torchvision ----
 
 PHOTOMETRIC = [
@@ -447,20 +455,22 @@ def test_erasing_is_noise_in_one_rectangle_of_all_frames_and_nothing_else():
 def test_noise_is_normal_and_of_its_seed_alone():
     from torch.distributions import Normal
 
-    noise = [pixels.normal_noise(seed, (4, 3, 100, 100), torch.device("cpu")) for seed in (0, 1, 2**32 - 1)]
-    assert torch.equal(noise[1], pixels.normal_noise(1, (4, 3, 100, 100), torch.device("cpu")))
+    cpu, n = torch.device("cpu"), 120_000
+    seeds = [0, 1, 2**32 - 1]
+    noise = [pixels.normal_noise([seed], [n], cpu) for seed in seeds]
+    together = pixels.normal_noise(seeds, [n, 100, n], cpu).split([n, 100, n])
+    for one, stretch in zip(noise, together, strict=True):
+        torch.testing.assert_close(stretch, one[: len(stretch)])
     for one in noise:
-        ordered = Normal(0.0, 1.0).cdf(one.flatten().sort().values)
-        n = len(ordered)
+        ordered = Normal(0.0, 1.0).cdf(one.sort().values)
         distance = (ordered - (torch.arange(n) + 0.5) / n).abs().max()
         assert distance < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov at 0.001
         assert one.isfinite().all()
         for shift in (1, 100, 10_000):
-            assert abs((one.flatten()[shift:] * one.flatten()[:-shift]).mean()) < 4 / math.sqrt(n)
+            assert abs((one[shift:] * one[:-shift]).mean()) < 4 / math.sqrt(n)
     for a, b in ((0, 1), (1, 2), (0, 2)):
-        assert abs((noise[a] * noise[b]).mean()) < 4 / math.sqrt(noise[a].numel())
-    together = torch.cat([one.flatten() for one in noise])
-    assert len(together.unique()) > 0.95 * len(together)
+        assert abs((noise[a] * noise[b]).mean()) < 4 / math.sqrt(n)
+    assert len(torch.cat(noise).unique()) > 0.95 * 3 * n
 
 
 # ---- the whole of it ----
@@ -485,7 +495,7 @@ def test_parameters_are_of_fixed_shapes_and_of_the_generator_alone():
 
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_a_clip_does_not_see_the_batch_around_it(chunk, monkeypatch):
-    monkeypatch.setitem(__import__("vac_ddp.data.augment").data.augment.CHUNK, "cpu", chunk)
+    monkeypatch.setattr("vac_ddp.data.augment.CHUNK_CPU", chunk)
     count, size = 24, 40
     samples = drawn(count, size)
     generator = torch.Generator().manual_seed(0)
@@ -499,6 +509,19 @@ def test_a_clip_does_not_see_the_batch_around_it(chunk, monkeypatch):
     order = np.random.default_rng(0).permutation(count)
     shuffled = augmented(clips[order], [samples[i] for i in order], EVERYTHING)
     assert torch.equal(shuffled, together[order])
+
+
+@given(ops=st.lists(st.lists(st.integers(0, 10), min_size=5, max_size=5), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_the_plan_does_every_operation_once_and_in_order(ops):
+    done = [[] for _ in ops]
+    for kind, rows, slots in plan(ops):
+        assert len(set(rows)) == len(rows)
+        for row, slot in zip(rows, slots, strict=True):
+            done[row].append(slot)
+            op = ops[row][slot]
+            assert kind == (Op.INVERT if op in pixels.FIXED else op)
+    assert done == [[slot for slot, op in enumerate(row) if op] for row in ops]
 
 
 def test_all_frames_get_the_same():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vac_ddp.data.mixing import cutmix_box, draw_mixing, mix, partner_rows, soft_targets
+from vac_ddp.data.mixing import cutmix_box, draw_mixing, mix, soft_targets
 from vac_ddp.settings import AugmentSettings
 
 BOTH = AugmentSettings(mixup=0.8, cutmix=1.0)
@@ -179,31 +179,14 @@ def test_nothing_waits_for_the_device():
     labels = torch.empty(8, dtype=torch.int64, device="meta")
     targets = soft_targets(labels, labels, keep, 5, 0.1)
     assert (mixed.shape, targets.shape) == ((8, 3, 3, 12, 12), (8, 5))
-    assert partner_rows(torch.empty((4, 2), dtype=torch.int64, device="meta"), 8).shape == (8,)
 
 
 def test_an_empty_batch_passes():
     none = {name: tensor[:0] for name, tensor in collate([params(keep=1.0)]).items()}
     mixed, keep = mix(clips_of(1)[:0], torch.zeros(0, dtype=torch.int64), none)
     assert (len(mixed), len(keep)) == (0, 0)
-    assert soft_targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), keep, 5, 0.1).shape == (
-        0,
-        5,
-    )
-    assert partner_rows(torch.empty((0, 2), dtype=torch.int64), 0).tolist() == []
-
-
-@pytest.mark.parametrize(
-    ("units", "partners"),
-    [
-        ([[0, 3], [1, 2]], [3, 2, 1, 0]),
-        ([[0, 1], [2, -1]], [1, 0, 2]),
-        ([[2, -1], [-1, 0]], [0, 1, 2]),
-        ([[4, 1], [0, -1], [3, 2]], [0, 4, 3, 2, 1]),
-    ],
-)
-def test_partners_of_units(units, partners):
-    assert partner_rows(torch.tensor(units), len(partners)).tolist() == partners
+    labels = torch.zeros(0, dtype=torch.int64)
+    assert soft_targets(labels, labels, keep, 5, 0.1).shape == (0, 5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

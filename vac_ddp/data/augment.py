@@ -21,8 +21,8 @@ from vac_ddp.data import pixels, randaugment
 from vac_ddp.data.randaugment import Op
 from vac_ddp.settings import AugmentSettings
 
-CHUNK = {"cpu": 1}  # clips that one tensor operation takes on: what stays in a CPU's cache
-CHUNK_ELSEWHERE = 16  # bounds the memory of wide intermediates on a GPU
+CHUNK_CPU = 1  # clips that one tensor operation takes on: what stays in the cache
+CHUNK_DEVICE = 16  # bounds the memory of wide intermediates
 
 ERASE_AREA = (0.02, 1 / 3)  # timm's defaults, which the VideoMAE recipe keeps
 ERASE_RATIO = (0.3, 1 / 0.3)
@@ -93,7 +93,7 @@ def draw_parameters(
         "values": np.array([value for _, value in ops], dtype=np.float32),
         "affine": matrix.astype(np.float32),
         "erase": np.array(erase, dtype=np.int64),
-        "erase_seed": rng.integers(1 << 32, dtype=np.int64),
+        "erase_seed": np.array(rng.integers(1 << 32), dtype=np.int64),
     }
 
 
@@ -175,52 +175,76 @@ def augment_clips(
         return normalise(clips, mean, std, dtype)
     host = {name: params[name].cpu() for name in HOST_PARAMETERS}
     planar = clips.permute(0, 1, 4, 2, 3)
-    flipped = host["flip"].nonzero()[:, 0]
-    if len(flipped) or host["ops"].any():
+    flipped = host["flip"].nonzero()[:, 0].tolist()
+    rounds = plan(host["ops"].tolist())
+    if flipped or rounds:
         planar = planar.clone(memory_format=torch.contiguous_format)
-    _apply(planar, flipped, lambda part, rows: part.flip(-1))
-    for slot in range(host["ops"].shape[1]):
-        for op in sorted(set(host["ops"][:, slot].tolist()) - {Op.NONE}):
-            rows = (host["ops"][:, slot] == op).nonzero()[:, 0]
-            _apply(planar, rows, _operation(Op(op), host["values"][:, slot], host["affine"], planar.device))
+    for rows in _chunks(flipped, planar.device):
+        _replace(planar, rows, lambda part: part.flip(-1))
+    for kind, rows, slots in rounds:
+        for part in _chunks(list(zip(rows, slots, strict=True)), planar.device):
+            _operate(planar, kind, [row for row, _ in part], [slot for _, slot in part], host)
     out = _normalise_planar(planar, mean, std, dtype)
     if augment.erase > 0:
         _erase(out, host["erase"].tolist(), host["erase_seed"].tolist())
     return out
 
 
-def _apply(planar: Tensor, rows: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Replace the clips `rows` (host, int64) of `planar` in place by what `operation(clips, rows)` makes of them."""
-    for part in rows.split(CHUNK.get(planar.device.type, CHUNK_ELSEWHERE)):
-        where = _to(part, planar.device)
-        planar.index_copy_(0, where, operation(planar.index_select(0, where), part))
+def plan(ops: list[list[int]]) -> list[tuple[Op, list[int], list[int]]]:
+    """Rounds (kind, rows, slots) that do all operations `ops` [B][S] of a batch, each clip's in their order.
+
+    A round takes the kind that most clips have next, so few tensor operations do for many clips. All operations that
+    are a fixed table of grey levels count as one kind, `Op.INVERT`.
+    """
+    waiting = [[slot for slot, op in enumerate(row) if op != Op.NONE] for row in ops]
+    rounds = []
+    while any(waiting):
+        heads: dict[Op, list[int]] = {}
+        for row, slots in enumerate(waiting):
+            if slots:
+                op = Op(ops[row][slots[0]])
+                heads.setdefault(Op.INVERT if op in pixels.FIXED else op, []).append(row)
+        kind, rows = max(heads.items(), key=lambda item: len(item[1]))
+        rounds.append((kind, rows, [waiting[row].pop(0) for row in rows]))
+    return rounds
 
 
-def _operation(op: Op, values: Tensor, affine: Tensor, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The operation `op` as a function of clips and their row numbers; `values` (B,) and `affine` in host memory."""
-    measured = {Op.AUTOCONTRAST: pixels.autocontrast, Op.EQUALIZE: pixels.equalize}
-    enhanced = {Op.COLOR: pixels.color, Op.CONTRAST: pixels.contrast, Op.SHARPNESS: pixels.sharpness}
-    if op in measured:
-        return lambda clips, rows: measured[op](clips)
-    if op in enhanced:
-        return lambda clips, rows: enhanced[op](clips, _to(values[rows], device))
-    if op is Op.RESAMPLE:
-        return lambda clips, rows: pixels.resample(clips, _to(affine[rows], device))
+def _operate(planar: Tensor, kind: Op, rows: list[int], slots: list[int], host: dict[str, Tensor]) -> None:
+    """Do the operations of one kind in the given slots of the clips `rows`, in place."""
+    values = host["values"][rows, slots]
+    if kind is Op.INVERT:
+        pairs = zip(host["ops"][rows, slots].tolist(), values.tolist(), strict=True)
+        tables = torch.from_numpy(np.stack([pixels.fixed_table(Op(op), value) for op, value in pairs]))
+        _replace(planar, rows, pixels.lookup, tables[:, None, None])
+    elif kind is Op.RESAMPLE:
+        _replace(planar, rows, pixels.resample, host["affine"][rows])
+    elif kind in pixels.MEASURED:
+        _replace(planar, rows, pixels.MEASURED[kind])
+    else:
+        _replace(planar, rows, pixels.ENHANCED[kind], values)
 
-    def look_up(clips: Tensor, rows: Tensor) -> Tensor:
-        tables = np.stack([pixels.fixed_table(op, value) for value in values[rows].tolist()])
-        return pixels.lookup(clips, _to(torch.from_numpy(tables), device)[:, None, None])
 
-    return look_up
+def _replace(planar: Tensor, rows: list[int], operation: Callable[..., Tensor], *values: Tensor) -> None:
+    """Put what `operation(clips, *values)` makes of the clips `rows` in their place; `values` lie in host memory."""
+    where = _to(torch.tensor(rows), planar.device)
+    clips = planar.index_select(0, where)
+    planar.index_copy_(0, where, operation(clips, *(_to(value, planar.device) for value in values)))
 
 
 def _erase(clips: Tensor, boxes: list[list[int]], seeds: list[int]) -> None:
     """Put noise of mean 0 and deviation 1 into the boxes (top, left, height, width) of normalised clips, in place."""
     t, c = clips.shape[1:3]
-    for clip, (top, left, height, width), seed in zip(clips, boxes, seeds, strict=True):
-        if height:
-            noise = pixels.normal_noise(seed, (t, c, height, width), clips.device)
-            clip[:, :, top : top + height, left : left + width] = noise
+    for rows in _chunks([row for row, box in enumerate(boxes) if box[2]], clips.device):
+        sizes = [t * c * boxes[row][2] * boxes[row][3] for row in rows]
+        noise = pixels.normal_noise([seeds[row] for row in rows], sizes, clips.device)
+        for row, values in zip(rows, noise.split(sizes), strict=True):
+            top, left, height, width = boxes[row]
+            clips[row, :, :, top : top + height, left : left + width] = values.view(t, c, height, width)
+
+
+def _chunks(items: list, device: torch.device) -> list[list]:
+    step = CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
+    return [items[i : i + step] for i in range(0, len(items), step)]
 
 
 def _normalise_planar(planar: Tensor, mean: Values, std: Values, dtype: torch.dtype) -> Tensor:

@@ -56,20 +56,6 @@ def cutmix_box(rng: np.random.Generator, lam: float, height: int, width: int) ->
     )
 
 
-def partner_rows(units: Tensor, rows: int) -> Tensor:
-    """For every row of a batch the row it is mixed with, its own where it has none.
-
-    `units` is (U, 2) int64, pairs of rows, -1 for none. Returns (rows,) int64 on the same device.
-    """
-    partner = torch.arange(rows + 1, device=units.device)
-    first, second = units[:, 0], units[:, 1]
-    spare = torch.full_like(first, rows)  # a unit of one writes beyond the last row, which is cut off
-    paired = (first >= 0) & (second >= 0)
-    partner[torch.where(paired, first, spare)] = torch.where(paired, second, spare)
-    partner[torch.where(paired, second, spare)] = torch.where(paired, first, spare)
-    return partner[:rows]
-
-
 def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Mix each clip with its partner.
 
@@ -100,11 +86,11 @@ def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tens
     x = torch.arange(clips.shape[-1], device=device)
     rows = (y >= box[:, 0:1]) & (y < box[:, 1:2])
     columns = (x >= box[:, 2:3]) & (x < box[:, 3:4])
-    inside = rows[:, :, None] & columns[:, None, :]
-    own = torch.where(cut[:, None, None], (~inside).to(keep.dtype), keep[:, None, None])
-    own = torch.where(alone[:, None, None], torch.ones_like(own), own)[:, None, None]  # (B, 1, 1, H, W)
-    mixed = clips * own + clips.index_select(0, partner) * (1 - own)  # float32 where clips are bfloat16
-    return mixed.to(clips.dtype), keep
+    outside = ~(rows[:, :, None] & columns[:, None, :])
+    own = torch.where(cut[:, None, None], outside.to(keep.dtype), keep[:, None, None])
+    own = own[:, None, None]  # (B, 1, 1, H, W)
+    wide = clips.float()  # a share in bfloat16 would be off by up to 0.4 %
+    return torch.lerp(wide.index_select(0, partner), wide, own).to(clips.dtype), keep
 
 
 def soft_targets(labels: Tensor, partner_labels: Tensor, keep: Tensor, num_classes: int, smoothing: float) -> Tensor:

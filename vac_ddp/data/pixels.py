@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from vac_ddp.data.randaugment import Op
 
+FIXED = frozenset({Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS})  # see fixed_table
+
 FILL = 128.0  # what comes from outside the frame: the grey of timm and of the VideoMAE recipe
 
 
@@ -115,6 +117,10 @@ def resample(clips: Tensor, matrix: Tensor) -> Tensor:
     return moved.round_().clamp_(0, 255).to(torch.uint8).view_as(clips)
 
 
+MEASURED = {Op.AUTOCONTRAST: autocontrast, Op.EQUALIZE: equalize}
+ENHANCED = {Op.COLOR: color, Op.CONTRAST: contrast, Op.SHARPNESS: sharpness}
+
+
 def grey(clips: Tensor) -> Tensor:
     """Luma of (..., 3, H, W) uint8 as (..., 1, H, W) int32 (ITU-R 601-2 in 16-bit integers, rounded)."""
     red, green, blue = clips.to(torch.int32).split(1, dim=-3)
@@ -126,20 +132,25 @@ def blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
     return (factor * (end - start) + start).clamp_(0, 255).to(torch.uint8)
 
 
-def normal_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Float32 of a standard normal distribution that is a pure function of (seed, place): the same on every device to
-    rounding, and without the state of a generator.
+def normal_noise(seeds: list[int], sizes: list[int], device: torch.device) -> Tensor:
+    """Standard normal numbers, float32 (sum of sizes,): sizes[i] of them from seeds[i], one stretch after the other.
 
-    A 32-bit integer hash (Wellons' lowbias32 constants) in int64, whose products cannot overflow, and the inverse of
-    the normal distribution.
+    Each is a pure function of its seed and its place in its stretch, the same on every device to rounding, without
+    the state of a generator: a 32-bit integer hash (Wellons' lowbias32 with constants whose products fit int64) and
+    the inverse of the normal distribution. Seeds lie in 0 to 2**32 - 1.
     """
-    mask = 0xFFFFFFFF
+    mask, total = 0xFFFFFFFF, sum(sizes)
 
     def scatter(x: Tensor) -> Tensor:
         x = (x ^ (x >> 16)) * 0x21F0AAAD & mask
         x = (x ^ (x >> 15)) * 0x735A2D97 & mask
         return x ^ (x >> 15)
 
-    place = torch.arange(int(np.prod(shape)), device=device)
-    bits = scatter(scatter(place) + (seed & mask) & mask) >> 9  # 23 bits, so that the half below is exact
-    return torch.erfinv((bits.float() + 0.5) * 2.0**-22 - 1).mul_(2**0.5).view(shape)
+    def spread(values: Tensor) -> Tensor:
+        values, lengths = values.to(device, non_blocking=True), torch.tensor(sizes).to(device, non_blocking=True)
+        return values if len(sizes) == 1 else torch.repeat_interleave(values, lengths, output_size=total)
+
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    place = torch.arange(total, device=device) - spread(starts)
+    bits = scatter(scatter(place) + spread(torch.tensor(seeds)) & mask) >> 9  # 23 bits: the half below is exact
+    return torch.erfinv((bits.float() + 0.5) * 2.0**-22 - 1).mul_(2**0.5)
