@@ -445,13 +445,15 @@ def test_a_repaired_video_is_noticed_in_its_old_folder(tmp_path: Path, data: Dat
         open_index(root, labelled=True, settings=data)
 
 
-def test_a_tree_that_is_still_being_written_is_not_trusted(tmp_path: Path, data: DataSettings) -> None:
-    root = tree(tmp_path / "d")
+@pytest.mark.parametrize("fresh", ["walk", "walk/clip_1"])
+def test_a_tree_that_is_still_being_written_is_not_trusted(tmp_path: Path, data: DataSettings, fresh: str) -> None:
+    root = aged(tree(tmp_path / "d"))
     now = time.time_ns()
+    os.utime(root / fresh, ns=(now, now))
     open_index(root, labelled=True, settings=data)
     video(root / "walk" / "clip_1", ["0004.jpg"])
-    for folder in (root, root / "walk", root / "walk" / "clip_1"):
-        os.utime(folder, ns=(now, now))  # as within one tick of a coarse clock
+    os.utime(root / "walk" / "clip_1", (1e9, 1e9))
+    os.utime(root / fresh, ns=(now, now))  # changed within one tick of a coarse clock
     assert open_index(root, labelled=True, settings=data).frame_counts.tolist() == [3, 3, 3, 4]
 
 

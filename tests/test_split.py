@@ -252,6 +252,7 @@ def test_many_groups_are_held_out_as_exactly_as_few() -> None:
     assert abs(sum(sizes[i] for i in chosen) - 0.2 * sum(sizes)) < 1
     assert 0.18 < len(set(chosen.tolist())) / 5000 < 0.22  # a fair sample, neither the smallest nor the largest
     assert nearest_subset([10**6] * 40, 8e6, some=True, rest=True).shape == (8,)
+    assert len(nearest_subset([1, *[10**6] * 2000], 3.0, some=True, rest=True)) > 0
 
 
 def test_each_class_comes_as_near_as_its_sources_allow() -> None:

@@ -95,7 +95,7 @@ def nearest_subset(sizes: list[int], target: float, *, some: bool, rest: bool) -
         dealt += size
         taken.append(i)
     reachable = [1 << dealt]
-    mask = (1 << (limit + dealt)) - 1
+    mask = (1 << (max(limit, min(sizes[first:])) + dealt + 1)) - 1
     for size in sizes[first:]:
         reachable.append((reachable[-1] | reachable[-1] << size) & mask)
     last = reachable[-1]
