@@ -160,6 +160,7 @@ def test_file_state_is_what_hugging_face_has_in_memory_and_comes_back_bit_for_bi
     load_file_state(other, state)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == len(state)
     state["fc_norm.weight"].zero_()
     assert model.fc_norm.weight.abs().sum() > 0, "the saved state shares memory with the model"
 
@@ -256,6 +257,11 @@ def test_drop_path_rises_linearly_and_drops_whole_branches():
         assert torch.equal(outputs[i], before) == (rate > 0), f"block {i} just below its rate"
         noise[0, 2 * i : 2 * i + 2] = rate + 1e-3
         assert not torch.equal(block_outputs(model, video, noise)[i], before), f"block {i} just above its rate"
+    noise = torch.full((1, 6), 0.999)
+    noise[0, 4] = 0.0
+    block, outputs = model.blocks[2], block_outputs(model, video, noise)
+    mlp = block.fc2(F.gelu(block.fc1(block.norm2(outputs[1]))))
+    torch.testing.assert_close(outputs[2], outputs[1] + mlp / 0.7)  # a block's first number is attention's
 
 
 @torch.no_grad()
@@ -276,14 +282,15 @@ def test_masks_belong_to_the_sample_not_to_the_batch():
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.1])
 @torch.no_grad()
-def test_head_dropout_takes_the_last_numbers():
-    model = tiny(head_dropout=0.25)
-    assert model.noise_size == 32
+def test_head_dropout_takes_the_last_numbers(drop_path):
+    model = tiny(head_dropout=0.25, drop_path=drop_path)
+    assert model.noise_size == 32 + (6 if drop_path else 0)
     tokens = torch.randn(1, 8, 32)
-    noise = torch.linspace(0, 0.999, 32)[None]
+    noise = torch.linspace(0, 0.999, model.noise_size)[None]
     features = model.fc_norm(tokens.mean(1))
-    want = F.linear(features * (noise >= 0.25) / 0.75, model.head.weight, model.head.bias)
+    want = F.linear(features * (noise[:, -32:] >= 0.25) / 0.75, model.head.weight, model.head.bias)
     torch.testing.assert_close(model.classify(tokens, noise), want)
 
 
@@ -296,8 +303,12 @@ def test_checkpointed_blocks_give_the_same_gradients():
     for blocks in (0, 2):
         model = tiny(drop_path=0.5)
         model.checkpointing = blocks
+        runs = []
+        for i, block in enumerate(model.blocks):
+            block.fc1.register_forward_hook(lambda *_, i=i, runs=runs: runs.append(i))
         noise = torch.rand(2, model.noise_size, generator=torch.Generator().manual_seed(7))
         model(video, noise).square().sum().backward()
+        assert sorted(runs) == sorted([0, 1, 2, *range(blocks)])
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

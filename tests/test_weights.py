@@ -187,6 +187,7 @@ def test_a_classifier_trained_on_the_first_token_is_kept_as_it_is(tmp_path):
     loaded = load(hf_directory(tmp_path, twin))
     assert_same_logits(loaded, twin)
     assert loaded.model.arch.pooling == "first"
+    assert loaded.model.fc_norm.eps == twin.videomae.layernorm.eps
     assert "first token" in loaded.report.pooling
     twin.load_state_dict(file_state(loaded.model), strict=True)
     # with other classes there is no reason to stay with it

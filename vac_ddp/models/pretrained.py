@@ -68,7 +68,7 @@ def load_videomae(
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.values()} - {"float32"})
     if kinds:
         report.notes.append(f"the file's {', '.join(kinds)} became float32")
-    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
+    model.load_state_dict(found, strict=False)
 
     report.used = len(state) - len(report.unused)
     report.missing = sorted(drawn)
