@@ -123,6 +123,21 @@ def test_greedy_selection_is_never_below_the_best_single(method: scoring.Method,
     assert mixed >= max(scoring.top1(p, labels) for p in parts)
 
 
+def test_more_greedy_rounds_are_never_worse() -> None:
+    """The best round counts, not the last one."""
+    dropped = 0
+    for seed in range(6):
+        parts = [made(10 * seed + m, videos=40, skill=0.5)[0].astype(np.float64).mean(1) for m in range(4)]
+        labels = made(0, videos=40)[1]
+        found = [
+            scoring.top1(scoring.combine(parts, scoring.greedy_weights(parts, labels, rounds=rounds)), labels)
+            for rounds in range(1, 13)
+        ]
+        assert found == sorted(found)
+        dropped += found[-1] > found[0]
+    assert dropped  # and they do help
+
+
 def test_greedy_selection_leaves_out_what_does_harm() -> None:
     good, labels = made(1, skill=3.0)
     bad = -5 * good
