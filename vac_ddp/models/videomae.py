@@ -34,7 +34,8 @@ class Architecture:
     interpolated to each following one; the last is what the model takes.
     pooling: `mean` of all tokens, as in the paper, or the `first` token, as Hugging Face's class does when its
     config says use_mean_pooling=false (there is no class token: good for files trained that way only).
-    eps, head_eps: LayerNorm epsilon in the blocks and before the classifier.
+    eps, head_eps: LayerNorm epsilon in the blocks and before the classifier. Official: 1e-6 for both; Hugging Face's
+    class has 1e-5 before the classifier and no setting for it, so models from scratch take that and can be exported.
     """
 
     width: int
@@ -178,6 +179,8 @@ class VideoMAE(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile every block in place; parameter names stay as they are."""
+        import torch._dynamo
+
         # Blocks share their code, and with it the limit on how often it may be compiled for another batch size,
         # grad mode or frozen block; past the limit fullgraph is an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
