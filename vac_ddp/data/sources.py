@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
@@ -53,14 +54,19 @@ def source_of(grammar: str, name: str, class_name: str) -> str | None:
 def find_sources(names: Sequence[str], classes: Sequence[str], settings: DataSettings) -> Sources:
     """The sources of V videos. `names` (V,) are "class/video", `classes` (V,) the class name of each.
 
-    `settings.group_by=auto` takes the user's regex or CSV if one is given, else the first grammar that fits the
-    names and leaves every class two sources or more, else every video is its own (with a note that warns).
+    `settings.group_by=auto` takes the user's regex or CSV if one is given (a regex that fits not one name, as a
+    preset's may, is named and passed over), else the first grammar that fits the names and leaves every class two
+    sources or more, else every video is its own (with a note that warns).
     Raises UserError where a grammar was asked for that does not do this.
     """
     videos = [name.rpartition("/")[2] for name in names]
     kind = settings.group_by
     if kind == "auto":
         kind = "csv" if settings.group_csv else "regex" if settings.group_regex else "auto"
+    notes = []
+    if kind == "regex" and settings.group_by == "auto" and not any(_from_regex(names, videos, settings)):
+        kind = "auto"
+        notes = [f"data.group_regex={settings.group_regex} fits none of the names: looking for a known grammar"]
     if kind == "none":
         return Sources(grammar="none", groups=list(names), notes=["grouping: none, every video is its own source"])
     if kind != "auto":
@@ -71,7 +77,8 @@ def find_sources(names: Sequence[str], classes: Sequence[str], settings: DataSet
         found = _told(grammar, names, videos, classes, settings)
         reason = _why_not(found, classes, _across(grammar, settings))
         if reason is None:
-            return _sources(grammar, found, names, classes, settings)
+            told = _sources(grammar, found, names, classes, settings)
+            return dataclasses.replace(told, notes=notes + told.notes)
         if reason:
             reasons.append(f"{grammar}: {reason}")
     because = f" ({'; '.join(reasons)})" if reasons else ""
@@ -79,8 +86,9 @@ def find_sources(names: Sequence[str], classes: Sequence[str], settings: DataSet
         grammar="none",
         groups=list(names),
         notes=[
+            *notes,
             f"warning: no source is told by the names{because}; every video is its own source, and clips cut from one "
-            "recording may land on both sides: set data.group_by, data.group_regex or data.group_csv"
+            "recording may land on both sides: set data.group_by, data.group_regex or data.group_csv",
         ],
     )
 
