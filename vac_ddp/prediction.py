@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from vac_ddp import __version__, distributed
 from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.index import Index, open_index
+from vac_ddp.data.index import Index, cache_path, open_index
 from vac_ddp.data.loader import worker_count
 from vac_ddp.data.sampling import test_windows
 from vac_ddp.data.sources import find_sources
@@ -71,7 +72,7 @@ def read_index(root: Path, config: Config, source: Source, out: Path, *, labelle
             settings=config.data,
             classes=source.classes if labelled else None,
             scan=distributed.is_main(),
-            cache_file=out / FOLDER / "index.cache",
+            cache_file=out / FOLDER / cache_path(root, labelled=labelled, settings=config.data).name,
         )
 
     return on_main_first(read, read)
@@ -186,7 +187,13 @@ def score(
         overwrite=overwrite,
         stop=lambda: bool(stop()),
         say=say,
+        progress=_show_progress if distributed.is_main() and sys.stderr.isatty() else lambda done, total: None,
     )
+
+
+def _show_progress(done: int, total: int) -> None:
+    """Rank 0's videos, on a line of a terminal that is written over and gone at the end."""
+    print(f"\r{done} of {total} videos" if done < total else "\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def say_how(done: Done, task: Task) -> None:

@@ -64,12 +64,13 @@ def predict_views(
     overwrite: bool = False,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Done:
     """Score every video of `dataset` (item i is video i of the task) and write OUT/views.npz; called by all ranks.
 
     What an earlier, killed run of any world size left in OUT/parts is not computed again; a complete views file is kept
     as it is. Raises UserError where OUT holds another prediction, and Interrupted, with what is finished saved, where
-    `stop()` says so.
+    `stop()` says so. `progress` is told how many of this rank's videos are done.
     """
     kind = parts.record_type(len(task.head.views), len(task.head.classes))
     found = _open_together(task, out, kind, overwrite=overwrite, say=say)
@@ -103,6 +104,7 @@ def predict_views(
             for video in scored_videos(scorer, _videos(loader, clock, result)):
                 waiting.append(video)
                 result.computed += 1
+                progress(result.computed, len(own))
                 if len(waiting) >= save_every:
                     save()
                 if stop() or meeting.broken():

@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     files = [read_views(path) for path in options.views]
     aligned = scoring.align(files)
+    for file in files[1:]:
+        if _data(file) != _data(files[0]):
+            print(f"note: {file.path} was made of {_data(file)}, {files[0].path} of {_data(files[0])}", file=sys.stderr)
     labels = aligned.labels
     logits = [part[:, _picked(file, options.subset)] for part, file in zip(aligned.logits, files, strict=True)]
     fitted = _fit(options, files)
@@ -82,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         _write(Path(options.out), options, first, mixed, fitted, found)
         print(f"written to {options.out}")
     return 0
+
+
+def _data(file: Views) -> str:
+    return str(file.about.get("fingerprint", {}).get("data"))
 
 
 def _picked(file: Views, words: Sequence[str] | None) -> np.ndarray:
