@@ -434,6 +434,21 @@ def test_checkpoints_of_the_timm_models_come_back(tmp_path, name, changes):
         load(path, clip=clip, name=name)
 
 
+def test_checkpoints_of_the_hf_adapter_come_back_without_their_source(tmp_path):
+    from transformers import TimesformerConfig, TimesformerForVideoClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = TimesformerConfig(**sizes, image_size=32, num_frames=4, patch_size=16)
+    hf_directory(tmp_path / "hf", TimesformerForVideoClassification(config))
+    first = load(tmp_path / "hf", name="hf")
+    path = own_file(tmp_path / "best_hf.pt", first, config={"model": {"name": "hf", "weights": str(tmp_path / "hf")}})
+    (tmp_path / "hf").rename(tmp_path / "gone")
+    second = load(path, name="hf")
+    assert all(torch.equal(t, second.model.state_dict()[n]) for n, t in first.model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(first.model.eval()(clips()), second.model.eval()(clips()))
+
+
 # ---------------------------------------------------------------- the report
 
 
