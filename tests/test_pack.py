@@ -263,9 +263,9 @@ def test_the_command(tmp_path: Path, data: DataSettings, capsys: pytest.CaptureF
     assert main([str(tmp_path / "p"), "--verify"]) == 0
     assert main([str(tmp_path / "d" / "run"), str(tmp_path / "q"), *cache]) == 0  # by a look: no classes
     assert json.loads((tmp_path / "q" / "pack.json").read_text())["labelled"] is False
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "d")])
-    assert stop.value.code == 2
+    for wrong in ([], [str(tmp_path / "d")], ["a", "b", "--frames"], ["a", "b", "--shard-mib", "x"]):
+        with pytest.raises(UserError, match="--help"):
+            main(wrong)
 
 
 def test_the_real_clips(tmp_path: Path, data: DataSettings) -> None:

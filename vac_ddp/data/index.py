@@ -90,12 +90,7 @@ def open_index(
     `classes`: the labels are by these names (validation data of a model that has them). Every test video is in
     the index, whatever its state. Raises UserError for anything the user must change, in one line.
     """
-    root = Path(root).expanduser()
-    if is_pack(root):
-        found, packed = read_pack(root, labelled=labelled)
-    else:
-        found, packed = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file), None
-    index = index_of(found, root, packed)
+    index, found = open_as_it_is(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file)
     if not labelled:
         return _checked_test(index, found)
     _check_classes(index, classes)
@@ -104,6 +99,23 @@ def open_index(
         index.labels = np.array([number[name] for name in index.classes], np.int64)[index.labels]
         index.classes = list(classes)
     return _without_bad(index, found, settings)
+
+
+def open_as_it_is(
+    root: str | Path,
+    *,
+    labelled: bool,
+    settings: DataSettings,
+    scan: bool = True,
+    cache_file: str | Path | None = None,
+) -> tuple[Index, Scan]:
+    """The index with all that is wrong left in it, and the scan that knows what: for those who report or copy it."""
+    root = Path(root).expanduser()
+    if is_pack(root):
+        found, packed = read_pack(root, labelled=labelled)
+        return index_of(found, root, packed), found
+    found = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file)
+    return index_of(found, root), found
 
 
 def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Index:

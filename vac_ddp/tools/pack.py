@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from vac_ddp.data.index import Index, cached_scan, index_of
+from vac_ddp.data.index import Index, open_as_it_is
 from vac_ddp.data.index_file import write_scan
 from vac_ddp.data.pack import INDEX, MARK, OFFSETS, VERSION, is_pack, read_facts
 from vac_ddp.data.scan import looks_labelled
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("data", type=Path, help="<class>/<video>/*.jpg, <video>/*.jpg, or a CSV")
     parser.add_argument("out", type=Path, nargs="?", help="folder to write; must not exist or be empty")
     parser.add_argument("--verify", action="store_true", help="check the packed set DATA against its hashes instead")
+    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--labelled", dest="labelled", action="store_true", default=None, help="DATA has class folders")
     kind.add_argument("--unlabelled", dest="labelled", action="store_false", help="DATA has none (default: by a look)")
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         print(f"{options.data}: {'; '.join(broken) if broken else 'every file is as it was written'}")
         return FINDINGS if broken else DONE
     if options.out is None:
-        parser.error("the folder to write is missing: vac pack DATA OUT")
+        _usage("the folder to write is missing: vac pack DATA OUT")
     done = pack(
         options.data,
         options.out,
@@ -74,6 +75,10 @@ def main(argv: list[str]) -> int:
         print(f"{len(done.unreadable)} frames could not be read and are empty in the packed set: {some}")
     print(f"use it as data.train={options.out} or --data {options.out}")
     return FINDINGS if done.unreadable else DONE
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
 
 
 def pack(
@@ -99,8 +104,7 @@ def pack(
         raise UserError(f"{out} lies inside {data}, where it would look like data: give a folder beside it")
     if labelled is None:
         labelled = data.exists() and looks_labelled(data)
-    found = cached_scan(data, labelled=labelled, settings=settings or DataSettings())
-    index = index_of(found, data)
+    index, found = open_as_it_is(data, labelled=labelled, settings=settings or DataSettings())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
     try:
@@ -217,9 +221,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))
