@@ -42,7 +42,8 @@ class Options:
     """What was asked for."""
 
     weights: str
-    data: Path
+    data: Path | None
+    part: str | None
     out: Path | None
     sample: str | None
     views: str | None
@@ -64,8 +65,9 @@ def parse(argv: list[str]) -> Options:
     add = parser.add_argument
     add("--run", metavar="DIR", help="a run directory: its best_<model>.pt is used")
     add("--weights", metavar="FILE", help="or a best_<model>.pt itself")
-    add("--data", metavar="DIR", required=True, help="<video>/*.jpg, labelled <class>/<video>/*.jpg, CSV, packed set; "
-        "or one video: a folder of frames or a video file")  # fmt: skip
+    add("--data", metavar="DIR", help="<video>/*.jpg, labelled <class>/<video>/*.jpg, CSV, packed set; or one video: "
+        "a folder of frames or a video file")  # fmt: skip
+    add("--part", choices=("train", "val"), help="instead: this part of the run's own data, by its split.csv")
     add("--out", metavar="DIR", help="where the results go (default: RUN/predictions/<name of the data folder>)")
     add("--sample", metavar="CSV", help="write submission.csv after the rows of this sample_submission.csv")
     add("--views", metavar="KxC", help="K windows over the video x C crops (5x3), with +flip also mirrored")
@@ -82,9 +84,12 @@ def parse(argv: list[str]) -> Options:
             raise UserError(f"unknown argument {word} (see --help)")
     if (flags.run is None) == (flags.weights is None):
         raise UserError("give one of --run DIR and --weights FILE")
+    if flags.data is None and flags.part is None:
+        raise UserError("give --data DIR, or --part val for the run's own validation part (see --help)")
     return Options(
         weights=flags.run or flags.weights,
-        data=Path(flags.data).expanduser(),
+        data=Path(flags.data).expanduser() if flags.data else None,
+        part=flags.part,
         out=Path(flags.out).expanduser() if flags.out else None,
         sample=flags.sample,
         views=flags.views,
@@ -146,7 +151,7 @@ def kind_of(data: Path) -> Kind:
 def predict(argv: list[str]) -> dict[str, Any] | None:
     """Parse, build, run, close. Returns facts for the status file; raises Findings for videos without an answer."""
     options = parse(argv)
-    kind = kind_of(options.data)
+    kind = "labelled" if options.part or options.data is None else kind_of(options.data)
     if options.sample:
         submission.read_sample(options.sample)
     weights = _weights_file(options.weights)
@@ -155,6 +160,9 @@ def predict(argv: list[str]) -> dict[str, Any] | None:
 
     source = open_own(weights)
     config = prediction_settings(source.config or {}, options, str(weights))
+    if options.data is None:
+        own_val = options.part == "val" and config.data.val
+        options.data = Path(config.data.val if own_val else config.data.train).expanduser()
     device = distributed.pick_device()
     distributed.start(device, timeout_s=config.health.start_timeout_s)
     stop = StopRequest()
@@ -183,12 +191,17 @@ def _predict_folder(
     from vac_ddp import prediction
     from vac_ddp.job import on_main_first
 
-    out = options.out or source.path.parent / "predictions" / options.data.resolve().name
+    assert options.data is not None
+    name = options.part or options.data.resolve().name
+    out = options.out or source.path.parent / "predictions" / name
     with prediction.locked(out):
         index = prediction.read_index(options.data, config, source, out, labelled=labelled)
         for note in index.notes:
             prediction.say(note)
-        task = prediction.make_task(config, source, index, device)
+        sources = None
+        if options.part:
+            index, sources = prediction.part_of(index, source.path.parent, config, options.part)
+        task = prediction.make_task(config, source, index, device, sources=sources)
         on_main_first(lambda: prediction.gate(task.head.ids, options.sample), lambda: None)
         done = prediction.score(task, config, source, index, device, out, overwrite=options.overwrite, stop=stop)
         prediction.say_how(done, task)
@@ -205,6 +218,7 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
     """One video: its best classes are printed, and files are written only where --out says so."""
     from vac_ddp import prediction
 
+    assert options.data is not None
     if distributed.world_size() > 1:
         raise UserError(f"{options.data} is one video: start `vac predict` without torchrun")
     with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
@@ -245,7 +259,8 @@ def _start_ranks(argv: list[str]) -> int:
 
     ranks, rest = take_nproc(argv)
     options = parse(rest)
-    kind_of(options.data)
+    if options.data is not None:
+        kind_of(options.data)
     _weights_file(options.weights)
     return main(rest) if ranks == 1 else run_ranks("vac_ddp.predict", rest, ranks)
 

@@ -20,6 +20,7 @@ from vac_ddp.data.index import Index, cache_path, open_index
 from vac_ddp.data.loader import worker_count
 from vac_ddp.data.sampling import test_windows
 from vac_ddp.data.sources import find_sources
+from vac_ddp.data.split import read_split
 from vac_ddp.engine.lock import RunLock
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
@@ -78,8 +79,24 @@ def read_index(root: Path, config: Config, source: Source, out: Path, *, labelle
     return on_main_first(read, read)
 
 
-def make_task(config: Config, source: Source, index: Index, device: torch.device) -> Task:
-    """What is predicted, and the fingerprint under which finished parts of it count."""
+def part_of(index: Index, run: Path, config: Config, part: str) -> tuple[Index, list[str]]:
+    """The videos of the run's training or validation part, and the source of each, by its split.csv."""
+    if part == "val" and config.data.val:
+        return index, _sources(config, index, list(index.names))
+    split = read_split(run / "split.csv", index)
+    videos = split.train if part == "train" else split.val
+    if not len(videos):
+        raise UserError(f"{run / 'split.csv'} has no {part} part: give --data DIR")
+    return index.take(videos), [split.groups[video] for video in videos.tolist()]
+
+
+def make_task(
+    config: Config, source: Source, index: Index, device: torch.device, *, sources: list[str] | None = None
+) -> Task:
+    """What is predicted, and the fingerprint under which finished parts of it count.
+
+    sources: where each video was cut from; without them labelled videos are asked for it by their names.
+    """
     views, classes, names = config.predict.views, list(source.classes or []), list(index.names)
     precision = precision_of(config, device)
     settings = {
@@ -100,7 +117,7 @@ def make_task(config: Config, source: Source, index: Index, device: torch.device
             classes=classes,
             views=view_table(views, len(test_windows(1, config.clip, views))),
             labels=np.asarray(index.labels, np.int64),
-            sources=_sources(config, index, names),
+            sources=_sources(config, index, names) if sources is None else sources,
             damaged=np.zeros(len(names), np.int64),
             failed=np.zeros(len(names), bool),
             about={
