@@ -252,7 +252,10 @@ def test_work_of_a_living_process_or_another_machine_is_not_swept(tmp_path: Path
     import os
     import socket
 
-    kept = [tmp_path / f".a.{socket.gethostname()}-{os.getpid()}{PARTIAL}", tmp_path / f".b.elsewhere-1{PARTIAL}"]
+    kept = [
+        tmp_path / f".a.{socket.gethostname().replace('.', '_')}-{os.getpid()}{PARTIAL}",
+        tmp_path / f".b.elsewhere-1{PARTIAL}",
+    ]
     for folder in kept:
         folder.mkdir()
     assert sweep(tmp_path) == []

@@ -180,7 +180,11 @@ def _spell(options: dict[str, Any]) -> str:
 
 
 def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+    return folder.with_name(f".{folder.name}.{_host()}-{os.getpid()}{PARTIAL}")
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "_")
 
 
 def sweep(out: Path) -> list[Path]:
@@ -188,7 +192,7 @@ def sweep(out: Path) -> list[Path]:
     swept = []
     for folder in out.rglob(f".*{PARTIAL}"):
         host, _, process = folder.name.removesuffix(PARTIAL).rpartition(".")[2].rpartition("-")
-        if folder.is_dir() and host == socket.gethostname() and process.isdigit() and not _alive(int(process)):
+        if folder.is_dir() and host == _host() and process.isdigit() and not _alive(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
             swept.append(folder)
     return swept
