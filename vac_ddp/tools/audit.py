@@ -251,13 +251,13 @@ def _classes(data: Audited, part: np.ndarray, report: dict[str, Any]) -> list[di
                 "frames_median": float(np.median(index.frame_counts[mine])) if mine.any() else 0.0,
             }
         )
-    counts = [row["videos"] for row in rows]
+    counts = [row["videos"] for row in rows if row["videos"]]
     hollow = [row["class"] for row in rows if not row["videos"]]
     if hollow:
         report["findings"].append(f"{len(hollow)} classes have no videos: {', '.join(hollow[:5])}")
     if len(rows) < 2:
         report["findings"].append("there is a single class: nothing can be told apart")
-    if counts and min(counts) and max(counts) >= UNBALANCED * min(counts):
+    if counts and max(counts) >= UNBALANCED * min(counts):
         report["remarks"].append(
             f"the largest class has {max(counts) / min(counts):.1f} times the videos of the smallest: "
             "consider data.balance=class or train.class_weights=inverse"
