@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
     "score": ("vac_ddp.tools.score", "turn views files into scores, ensembles and a submission"),
     "soup": ("vac_ddp.tools.soup", "average the weights of several runs of one model"),
+    "report": ("vac_ddp.tools.report", "write report.html of a run, with curves, confusions and mistakes"),
     "synth": ("vac_ddp.tools.synth", "make a motion data set to try everything out"),
     "audit": ("vac_ddp.tools.audit", "look for leaks, damage and giveaways in a data set"),
     "extract": ("vac_ddp.tools.extract", "cut video files into frame folders"),

@@ -189,7 +189,6 @@ def _predict_folder(
 ) -> None:
     """A folder of videos: views file, submission, scores, and the evaluation where there are labels."""
     from vac_ddp import prediction
-    from vac_ddp.job import on_main_first
 
     assert options.data is not None
     name = options.part or options.data.resolve().name
@@ -202,10 +201,10 @@ def _predict_folder(
         if options.part:
             index, sources = prediction.part_of(index, source.path.parent, config, options.part)
         task = prediction.make_task(config, source, index, device, sources=sources)
-        on_main_first(lambda: prediction.gate(task.head.ids, options.sample), lambda: None)
+        distributed.main_first(lambda: prediction.gate(task.head.ids, options.sample), lambda: None)
         done = prediction.score(task, config, source, index, device, out, overwrite=options.overwrite, stop=stop)
         prediction.say_how(done, task)
-        failed = on_main_first(lambda: prediction.finish(out, config, options.sample), list)
+        failed = distributed.main_first(lambda: prediction.finish(out, config, options.sample), list)
     failed = distributed.broadcast_object(failed)
     if failed:
         shown = ", ".join(failed[:NAMED]) + (", ..." if len(failed) > NAMED else "")

@@ -30,7 +30,7 @@ from vac_ddp.inference.parts import FOLDER
 from vac_ddp.inference.run import Done, Task, predict_views
 from vac_ddp.inference.views import video_costs, view_table
 from vac_ddp.inference.viewsfile import ViewsHead, read_views
-from vac_ddp.job import on_main_first, precision_of
+from vac_ddp.job import precision_of
 from vac_ddp.models import load_model
 from vac_ddp.models.sources import Source
 from vac_ddp.settings import Config
@@ -56,7 +56,7 @@ def locked(out: Path) -> Iterator[None]:
             raise UserError(f"cannot make {out}: {error.strerror}; give another folder with --out") from error
         lock.take()
 
-    on_main_first(take, lambda: None)
+    distributed.main_first(take, lambda: None)
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def read_index(root: Path, config: Config, source: Source, out: Path, *, labelle
             cache_file=out / FOLDER / cache_path(root, labelled=labelled, settings=config.data).name,
         )
 
-    return on_main_first(read, read)
+    return distributed.main_first(read, read)
 
 
 def part_of(index: Index, run: Path, config: Config, part: str) -> tuple[Index, list[str]]:
