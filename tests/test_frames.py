@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.frame_data import jpeg, picture
+from tests.support import REPO, environment
+from vac_ddp.data import decode as decode_module
 from vac_ddp.data import frames as frames_module
+from vac_ddp.data.decode import DamagedFrame, decode_frame, frame_size
 from vac_ddp.data.frames import (
-    DamagedFrame,
     NoFrame,
-    decode_frame,
-    frame_size,
     neighbours,
     read_clip,
     reduction,
@@ -126,6 +130,44 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     assert frame_size(data) == (36, 64)
     assert difference(decode_frame(data), upright) <= 4
     assert decode_frame(data).flags.c_contiguous
+
+
+DECODE_ALL = """
+import sys
+from pathlib import Path
+import numpy as np
+import PIL
+from vac_ddp.data.decode import decode_frame
+for path in Path(sys.argv[1]).glob("*.frame"):
+    np.save(path.with_suffix(".npy"), decode_frame(path.read_bytes()))
+print(PIL.__version__, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("which", ["Pillow", "Pillow-SIMD"])
+def test_pillow_and_pillow_simd_decode_alike(which: str, tmp_path: Path) -> None:
+    """The same files in another interpreter. VAC_SIMD_PYTHON: one with numpy, simplejpeg and Pillow-SIMD."""
+    python = sys.executable if which == "Pillow" else os.environ.get("VAC_SIMD_PYTHON")
+    if python is None:
+        pytest.skip(
+            "extra test: no Pillow-SIMD (launch/install_simd.sh makes it, VAC_SIMD_PYTHON names its interpreter)"
+        )
+    kinds = [kind for kind in ODD if "WebP" not in kind]  # what Pillow-SIMD was compiled without
+    for i, kind in enumerate(kinds):
+        (tmp_path / f"{i}.frame").write_bytes(ODD[kind](Image.fromarray(picture(60, 80, i))))
+    done = subprocess.run(
+        [python, "-c", DECODE_ALL, str(tmp_path)],
+        cwd=REPO,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("post" in done.stdout) == (which == "Pillow-SIMD")
+    assert done.stdout.endswith("False\n")
+    for i in range(len(kinds)):
+        assert difference(np.load(tmp_path / f"{i}.npy"), decode_frame((tmp_path / f"{i}.frame").read_bytes())) <= 1
 
 
 def test_type_is_told_by_content_not_by_name() -> None:
@@ -434,7 +476,7 @@ def test_no_corruption_raises_anything_but_damage(data: st.DataObject) -> None:
 
 
 def test_a_huge_jpeg_is_decoded_reduced_whatever_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames_module, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 100_000)
     data = jpeg(800, 1200)
     assert decode_frame(data).shape == (200, 300, 3)
     out = torch.empty((1, 1, 32, 32, 3), dtype=torch.uint8)
@@ -443,13 +485,13 @@ def test_a_huge_jpeg_is_decoded_reduced_whatever_is_asked(monkeypatch: pytest.Mo
 
 
 def test_a_jpeg_that_is_huge_even_reduced_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames_module, "MAX_PIXELS", 100)
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 100)
     with pytest.raises(DamagedFrame, match="128x96 pixels are too many"):
         decode_frame(jpeg(96, 128))
 
 
 def test_a_huge_png_is_a_damaged_frame_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames_module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 1000)
     with pytest.raises(DamagedFrame, match="64x48 pixels are too many for a PNG"):
         decode_frame(encode(Image.fromarray(picture(48, 64)), "PNG"))
 
