@@ -19,13 +19,15 @@ from torch import nn
 from tests.support import environment, torchrun
 from vac_ddp import config as settings_io
 from vac_ddp import files, predict, prediction
+from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import TestBatch
+from vac_ddp.data.split import Split, write_split
 from vac_ddp.errors import Findings, Interrupted, UserError
 from vac_ddp.inference import parts, run
 from vac_ddp.inference.forward import Scorer, scored_videos
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.models import file_state, load_model
-from vac_ddp.settings import ClipSettings, Config, ModelSettings
+from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings
 
 CLASSES = ["climb", "pick", "sit", "wave", "zip"]
 COUNTS = [4, 3, 2, 1, 0]
@@ -202,6 +204,33 @@ def test_labelled_folders_are_evaluated(trained: Path, tmp_path: Path, capsys: p
     assert f"top-1        {correct.mean():.4f}" in capsys.readouterr().out
 
 
+def test_the_runs_own_validation_part(trained: Path, tmp_path: Path) -> None:
+    """`--part val` scores the videos that split.csv says, and no other, with their sources as written there."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for number in range(12):
+        frames(tmp_path / "train" / CLASSES[number % 3] / f"clip{number}", number)
+    index = open_index(tmp_path / "train", labelled=True, settings=DataSettings(cache=str(tmp_path / "cache")))
+    names, val = list(index.names), np.array([1, 4, 9])
+    groups = [f"film{i % 4}" for i in range(12)]
+    write_split(
+        run / "split.csv",
+        index,
+        Split(train=np.setdiff1d(np.arange(12), val), val=val, groups=groups, grammar="test"),
+    )
+    common = [f"data.cache={tmp_path / 'cache'}", "data.workers=0"]
+    predict.predict([f"run.dir={run}", "--data", str(tmp_path / "train"), "--part", "val", *common])
+    part = read_views(run / "predictions" / "val")
+    assert part.ids == [names[i] for i in val]
+    assert part.sources == [groups[i] for i in val]
+    assert [CLASSES[label] for label in part.labels] == [name.split("/")[0] for name in part.ids]
+    predict.predict([f"run.dir={run}", f"data.train={tmp_path / 'train'}", "--part", "train", *common])
+    assert len(read_views(run / "predictions" / "train").ids) == 9
+    (run / "split.csv").unlink()
+    with pytest.raises(UserError, match="cannot read the split"):
+        predict.predict([f"run.dir={run}", "--data", str(tmp_path / "train"), "--part", "val", *common])
+
+
 def test_a_video_that_cannot_be_decoded_gets_the_prior(trained: Path, data: dict[int, Path], tmp_path: Path) -> None:
     shutil.copytree(data[5], tmp_path / "data")
     for frame in (tmp_path / "data" / "00002").iterdir():
@@ -285,7 +314,7 @@ def test_bad_input_is_one_line(trained: Path, data: dict[int, Path], tmp_path: P
         (["--run", str(tmp_path / "none"), "--data", folder], "no such file or directory"),
         (["--run", str(tmp_path), "--data", folder], "has no best_<model>.pt"),
         (["--weights", str(sample), "--data", folder], "is damaged or no PyTorch file"),
-        (["--run", str(trained)], "required: --data"),
+        (["--run", str(trained)], "give --data DIR, or --part val"),
         (["--run", str(trained), "--data", str(tmp_path / "none")], "no such data"),
         ([*given[:3], str(twice), *given[4:]], "both be id 1"),
         ([*given[:3], str(strange), *given[4:]], "swim"),
@@ -453,6 +482,20 @@ sys.exit(predict.main(sys.argv[1:]))
     assert told["status"] == 2
     assert "cannot save to" in told["message"]
     assert "No space left on device" in told["message"]
+
+
+@pytest.mark.distributed
+def test_vac_predict_starts_the_ranks_itself(trained: Path, data: dict[int, Path], tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "vac_ddp.cli", "predict", "--nproc", "2"]
+    words = arguments(trained, data[2], tmp_path / "out")
+    done = subprocess.run([*argv, *words], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read_views(tmp_path / "out").ids == ["00001", "00002"]
+    words[words.index(str(data[2]))] = str(tmp_path / "none")
+    done = subprocess.run([*argv, *words], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vac: no such data")
+    assert len(done.stderr.splitlines()) == 1
 
 
 KILLS = '''
