@@ -9,12 +9,15 @@ import contextlib
 import datetime
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vac_ddp.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def under_torchrun() -> bool:
@@ -64,11 +67,27 @@ def start(device: torch.device, *, timeout_s: float) -> None:
     if not under_torchrun() or active():
         return
     timeout = datetime.timedelta(seconds=timeout_s)
+    meeting = {"timeout": timeout, "store": _attempt_store(timeout), "rank": rank(), "world_size": world_size()}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", device_id=device, **meeting)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **meeting)
+
+
+def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
+    """The agent's store under a prefix of this attempt, on one machine; None: as torch meets by default.
+
+    torchrun's agent keeps its store over --max-restarts, so that a restarted rank could read the address that its
+    neighbour had in the attempt before, and fail (seen with torch 2.15). Agents of several machines count restarts
+    each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes the store new (the SLURM scripts set it).
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not one_machine:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def set_timeout(timeout_s: float, group: dist.ProcessGroup | None = None) -> None:
@@ -185,6 +204,20 @@ def raise_together(error: BaseException | None) -> None:
     if kind == "UserError":
         raise UserError(text)
     raise RuntimeError(f"rank {where} failed: {kind}: {text}")
+
+
+def main_first(first: Callable[[], Result], later: Callable[[], Result]) -> Result:
+    """`first()` on rank 0, then `later()` on the others; an error of one is an error of all."""
+    result: Result | None = None
+    for mains_turn in (True, False):
+        error: BaseException | None = None
+        if is_main() == mains_turn:
+            try:
+                result = first() if mains_turn else later()
+            except (UserError, OSError, RuntimeError, ValueError) as caught:
+                error = caught
+        raise_together(error)
+    return result  # type: ignore[return-value]  # each rank had its turn
 
 
 def gather_rows(index: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch.Tensor | None:

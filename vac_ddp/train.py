@@ -14,12 +14,12 @@ ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many 
 def train(argv: list[str]) -> dict[str, Any] | None:
     """Parse, build, run, close. Returns the run directory and the last step."""
     command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
-    from vac_ddp import job  # torch and its friends: only once the settings are known to be good
+    from vac_ddp import job, job_data  # torch and its friends: only once the settings are known to be good
 
     device = distributed.pick_device()
     distributed.start(device, timeout_s=command.config.health.start_timeout_s)
     if command.debug:
-        job.debug_data(command.config, command.given)
+        job_data.debug_data(command.config, command.given)
     with job.open_job(command.config, device) as opened:
         opened.loop.run()
         opened.finish()

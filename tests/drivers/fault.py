@@ -54,14 +54,39 @@ def strike() -> None:
     """Do what WHAT says to this process, its agent, or all of them."""
     own, agent = os.getpid(), os.getppid()
     name, _, whom = WHAT.partition(":")
+    if name == "fill":
+        fill()
+        return
     number = getattr(signal, name)
     if whom == "agent":
         os.kill(agent, number)
+    elif whom == "twice":
+        os.kill(own, number)
+        os.kill(own, number)
     elif whom == "group":  # torchrun, the ranks and their loader processes, the loaders first
         for pid in reversed(descendants(agent)):
             os.kill(pid, number)
     else:
         os.kill(own, number)
+
+
+def fill() -> None:
+    """Use up the disk of the run; KEYS["free"] says at which step it is given back."""
+    folder = Path(next(word for word in sys.argv if word.startswith("run.dir=")).partition("=")[2])
+    filler = folder.resolve() / "filler"
+    with filler.open("wb") as stream:
+        try:
+            while True:
+                stream.write(b"x" * 65536)
+                stream.flush()
+        except OSError:
+            pass
+
+    def give_back(stepper: step.Stepper, batches: Any, **named: Any) -> None:
+        if named["step"] == int(KEYS["free"]):
+            filler.unlink(missing_ok=True)
+
+    wrap(step.Stepper, "run", give_back)
 
 
 def wrap(holder: Any, name: str, before: Any) -> None:
@@ -124,7 +149,7 @@ def slow() -> None:
         begun = time.perf_counter()
         result = forward(self, *arguments)
         if MINE:
-            time.sleep(2 * (time.perf_counter() - begun) + 0.1)
+            time.sleep(2 * (time.perf_counter() - begun) + 0.4)
         return result
 
     step.Stepper.forward = slowed
