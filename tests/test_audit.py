@@ -110,6 +110,7 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path: Path, capsys: pytest.
         (root / name).write_bytes(data)
     (root / "walk/wb_0/0007.jpg").write_bytes(encoded(picture(5, height=60, width=80)))
     (root / "walk/wd_9").mkdir()
+    (root / "run/a_0").mkdir()  # the first of all
     for path in (root / "walk/wc_1").iterdir():
         path.write_bytes(b"x")
     status, report, said = audited(root, capsys=capsys)
@@ -121,11 +122,17 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path: Path, capsys: pytest.
     }
     assert seen["damaged"] == len(harms) + 10
     assert seen["odd_sized_frames"] == ["walk/wb_0/0007.jpg"]
-    assert [line.split(":")[0] for line in seen["videos_without_frames"]] == ["walk/wc_1", "walk/wd_9"]
+    assert [line.split(":")[0] for line in seen["videos_without_frames"]] == [
+        "run/a_0",
+        "walk/wc_1",
+        "walk/wd_9",
+    ]
     assert seen["frames"] == 240
     assert len(report["findings"]) == 3
     assert "15 of 240 frames of the data are damaged" in said
-    assert "2 of 25 videos of the data have no frame that decodes" in said
+    assert "3 of 26 videos of the data have no frame that decodes" in said
+    assert sum(row["validation"] for row in report["classes"]) == report["split"]["validation"]
+    assert sum(row["training"] + row["validation"] for row in report["classes"]) == 23
 
 
 def test_damage_in_the_test_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +243,7 @@ def test_separate_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[
     status, report, _ = audited(root, f"data.val={tmp_path / 'val'}", capsys=capsys)
     assert status == 3
     assert report["split"]["leak_chosen"] == 0.25
+    assert "25.0% of the validation videos have their source in training" in report["findings"]
     assert report["damage"]["validation"]["videos"] == 4
     assert report["duplicates"]["pairs"] == {"training and validation": 1}
 
@@ -297,7 +305,9 @@ def test_the_hash_is_the_sign_of_the_low_frequencies() -> None:
     assert hash_frame(np.full((40, 40, 3), 200, np.uint8)) is None
 
 
-def test_pairs_against_a_plain_double_loop() -> None:
+@pytest.mark.parametrize("block", [1 << 22, 200])
+def test_pairs_against_a_plain_double_loop(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("vac_ddp.data.duplicates._BLOCK", block)
     rng = np.random.default_rng(0)
     clips = [[(int(a), int(b)) for a, b in rng.integers(0, 2**63, (rng.integers(1, 9), 2))] for _ in range(30)]
     clips[4] = []
