@@ -135,6 +135,7 @@ def test_03_to_06_signal_saves_and_resumes(place: Workplace, name: str) -> None:
     assert stopped.returncode != 0
     status = place.status(name)
     assert status["status"] == 75, (status, stopped.stderr)
+    assert json.loads((place.folder / name / "interrupted.json").read_text())["step"] == status["step"]
     newest = checkpoint.numbered(place.folder / name / "checkpoints")[-1]
     state, facts = checkpoint.read(newest)
     assert facts["step"] == status["step"] == state["position"]["step"]
@@ -143,6 +144,7 @@ def test_03_to_06_signal_saves_and_resumes(place: Workplace, name: str) -> None:
     assert no_orphans(place) == []
     resumed = place.train(name, "checkpoint.every_steps=6", "run.resume=auto")
     assert resumed.returncode == 0, resumed.stderr
+    assert not (place.folder / name / "interrupted.json").exists()
     assert_same_end(place, "whole", name)
 
 

@@ -289,12 +289,15 @@ def to_yaml(config: Config) -> str:
     """All settings as YAML that `read_yaml` takes back unchanged."""
     import yaml
 
-    def escaped(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: escaped(v) for k, v in value.items()}
-        return value.replace("${", "\\${") if isinstance(value, str) else value
+    class Dumper(yaml.SafeDumper):
+        """Quotes text that begins like a number: OmegaConf reads 1e3 as one, PyYAML would not quote it."""
 
-    return yaml.safe_dump(escaped(to_dict(config)), sort_keys=False, allow_unicode=True)
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = "'" if value[:1] in "+-.0123456789" else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value.replace("${", "\\${"), style=style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def help_text(program: str, about: str) -> str:

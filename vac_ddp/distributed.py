@@ -214,7 +214,7 @@ def main_first(first: Callable[[], Result], later: Callable[[], Result]) -> Resu
         if is_main() == mains_turn:
             try:
                 result = first() if mains_turn else later()
-            except (UserError, OSError, RuntimeError, ValueError) as caught:
+            except Exception as caught:  # told to all ranks, whatever it is
                 error = caught
         raise_together(error)
     return result  # type: ignore[return-value]  # each rank had its turn

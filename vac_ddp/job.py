@@ -30,7 +30,7 @@ from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_l
 from vac_ddp.engine.signals import Agreement, StopRequest
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
-from vac_ddp.errors import UserError
+from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.job_data import Data, make_validation, read_data
 from vac_ddp.models import Loaded, file_state, load_model
 from vac_ddp.report.tracker import Tracker
@@ -38,6 +38,9 @@ from vac_ddp.settings import Config
 
 # Bytes a parameter takes in a checkpoint: weights and two moments in float32; an average is one more.
 BYTES_A_PARAMETER = 12
+
+# Left in the run directory by a run that was stopped and saved: scripts requeue by it, not by torchrun's status.
+INTERRUPTED = "interrupted.json"
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -54,6 +57,7 @@ class Job:
     def finish(self) -> None:
         """Say what is where and what to type next."""
         stopping = self.loop.stopping
+        self.tracker.artifact(self.loop.best_path)
         if stopping.best is not None:
             self.tracker.say(f"best validation accuracy {stopping.best:.4f} after epoch {stopping.best_epoch}")
         self.tracker.say(f"best weights  {self.loop.best_path}")
@@ -87,9 +91,15 @@ def open_job(config: Config, device: torch.device) -> Iterator[Job]:
         job = _build(config, device, run, data, tracker, stop, pulse, loaders)
         if run is not None:
             run.begin()
+            (folder / INTERRUPTED).unlink(missing_ok=True)
         pulse.start()
         try:
             yield job
+        except Interrupted as error:
+            if distributed.is_main():
+                files.write_json(folder / INTERRUPTED, {"step": error.step, "why": str(error)})
+            error.facts = job.facts()  # type: ignore[attr-defined]  # for the status file
+            raise
         except RuntimeError as error:
             raise _explain(error, pulse) from error
         except UserError as error:

@@ -43,7 +43,6 @@ class DataSettings:
     limit: int | None = setting(None, "use only so many videos of each part (a quick look, --debug)")
     workers: int | None = setting(None, "loader processes a rank; default: the cores it has, at most 16")
     prefetch: int = setting(4, "batches that each loader process keeps ready")
-    decode: Literal["cpu", "gpu"] = setting("cpu", "where JPEG files are decoded")
     reduced_decode: bool = setting(True, "decode frames much larger than needed at 1/2, 1/4 or 1/8 of their size")
 
 
@@ -103,7 +102,9 @@ class ModelSettings:
     width: int | None = setting(None, "token width; with depth, heads: sizes by number, from scratch")
     depth: int | None = setting(None, "transformer blocks")
     heads: int | None = setting(None, "attention heads")
-    mlp_ratio: float | None = setting(None, "width of the MLP as a multiple of the token width; default: 4, giant 48/11")
+    mlp_ratio: float | None = setting(
+        None, "width of the MLP as a multiple of the token width; default: 4, giant 48/11"
+    )
     size: Literal["small", "base", "large", "huge", "giant"] | None = setting(None, "size by name, from scratch")
     patch: int | None = setting(None, "height and width of a patch, in pixels (from scratch); default: 16, giant 14")
     tubelet: int = setting(2, "frames of a tubelet (from scratch)")

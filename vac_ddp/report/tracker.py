@@ -137,6 +137,11 @@ class Tracker:
         except (wandb.errors.Error, OSError) as error:
             self.say(f"W&B cannot be reached, going on without it ({' '.join(str(error).split())[:120]})")
 
+    def artifact(self, path: Path) -> None:
+        """Hand the best weights to W&B, where log.wandb_artifact asks for it."""
+        if self._wandb is not None and self.settings.wandb_artifact and path.exists():
+            self._wandb.log_artifact(str(path), name=f"{self._wandb.id}-best", type="model")
+
     def close(self) -> None:
         """Flush and close everything."""
         self.end_progress()

@@ -1,0 +1,56 @@
+"""Gathering and agreeing over real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import torchrun
+
+pytestmark = pytest.mark.distributed
+
+PROGRAM = """
+import sys, torch
+from vac_ddp import distributed as d
+from vac_ddp.errors import UserError
+
+d.start(torch.device("cpu"), timeout_s=60)
+world, rank = d.world_size(), d.rank()
+for total in (0, 1, 2, 5, 31):
+    mine = torch.tensor([i for i in range(total) if i * i % world == rank], dtype=torch.int64)
+    out = d.gather_rows(mine, mine[:, None] * torch.tensor([1.0, 10.0]), total=total)
+    if rank == 0:
+        expected = torch.arange(total, dtype=torch.float32)[:, None] * torch.tensor([1.0, 10.0])
+        assert out.shape == (total, 2) and torch.equal(out, expected), out
+    else:
+        assert out is None
+try:
+    d.gather_rows(torch.tensor([0]), torch.zeros(1, 2), total=2)
+    assert rank != 0, "0 came from every rank and 1 from none"
+except RuntimeError as error:
+    assert "1 of 2 missing" in str(error) and "1 present twice" in str(error)
+assert d.sum_counts(torch.tensor([1, rank])).tolist() == [world, world * (world - 1) // 2]
+try:
+    d.raise_together(UserError("mine") if rank == 2 else None)
+    raise AssertionError("nothing was raised")
+except UserError as error:
+    assert str(error) == "mine"
+try:
+    d.main_first(lambda: 1, lambda: 1 // (rank - 1))
+    raise AssertionError("nothing was raised")
+except RuntimeError as error:
+    assert "rank 1 failed: ZeroDivisionError" in str(error), error
+except ZeroDivisionError:
+    assert rank == 1
+print("good", flush=True)
+d.end(0)
+"""
+
+
+def test_rows_counts_and_errors_reach_everyone(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    done = torchrun(3, program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["good"] * 3
