@@ -508,7 +508,8 @@ def test_a_stale_copy_of_a_run_is_replaced(tmp_path: Path, data: DataSettings) -
     run = tmp_path / "run" / "index"
     open_index(root, labelled=True, settings=data, cache_file=run)
     video(root / "run" / "new", frames(2))
-    aged(root / "run" / "new")
+    for folder in (root / "run", root / "run" / "new"):
+        os.utime(folder, (1.1e9, 1.1e9))
     open_index(root, labelled=True, settings=data)  # another run: the cache is new, the copy is not
     assert len(open_index(root, labelled=True, settings=data, cache_file=run)) == 5
     assert len(open_index(root, labelled=True, settings=data, cache_file=run, scan=False)) == 5

@@ -148,11 +148,12 @@ def cached_scan(
     """What the cache knows of `root`, if that still holds, else a new scan, which is then kept (see `open_index`)."""
     default = cache_path(root, labelled=labelled, settings=settings)
     places = [default] if cache_file is None else [Path(cache_file), default]
-    for place in places:
+    for i, place in enumerate(places):
         stored = read_scan(place)
         if stored is not None and (not scan or unchanged(stored, every=settings.rescan)):
             if scan:
-                _keep(stored, [other for other in places if other != place and not other.exists()], cache_file)
+                stale, later = places[:i], places[i + 1 :]
+                _keep(stored, [*stale, *(other for other in later if not other.exists())], cache_file)
             return stored
     if not scan:
         raise UserError(f"no index of {root} at {places[0]}: rank 0 must have written it to a folder all ranks see")

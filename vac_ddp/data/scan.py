@@ -295,7 +295,7 @@ def bad_frames_before_good(read: Callable[[int], bytes], frames: int) -> int:
 
 def decodes(data: bytes) -> bool:
     """Whether these bytes are a whole image, by the rule of training (`decode_frame`), at 1/8 of the size."""
-    from vac_ddp.data.frames import DamagedFrame, decode_frame
+    from vac_ddp.data.decode import DamagedFrame, decode_frame
 
     try:
         decode_frame(data, factor=8)

@@ -116,7 +116,7 @@ def audit(config: Config, *, test: str | None = None, workers: int | None = None
 
 def look_at(index: Index, video: int) -> Look:
     """Decode every frame of a video: its size, its damage, and the hashes of some."""
-    from vac_ddp.data.frames import DamagedFrame, decode_frame, frame_size
+    from vac_ddp.data.decode import DamagedFrame, decode_frame, frame_size
 
     look = Look()
     count = int(index.frame_counts[video])
