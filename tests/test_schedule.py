@@ -63,7 +63,7 @@ def test_warmup_keeps_its_share_of_a_shorter_run():
 
 
 def test_lr_as_used_and_per_256_clips():
-    plain = OptimSettings(lr=2e-5, min_lr=1e-6, warmup_lr=1e-7)
+    plain = OptimSettings(lr=2e-5, base_lr=None, min_lr=1e-6, warmup_lr=1e-7)
     assert resolve_lr(plain, 64, 2) == (2e-5, 1e-6, 1e-7)
     recipe = OptimSettings(base_lr=5e-4, min_lr=1e-6, warmup_lr=1e-8)
     # 8 GPUs x 8 videos in the official code; its repeats make 128 clips of them and leave the rate alone
@@ -71,7 +71,7 @@ def test_lr_as_used_and_per_256_clips():
     assert resolve_lr(recipe, 256, 1) == (5e-4, 1e-6, 1e-8)
 
 
-@pytest.mark.parametrize("given", [{}, {"lr": 1e-3, "base_lr": 1e-3}])
+@pytest.mark.parametrize("given", [{"lr": None, "base_lr": None}, {"lr": 1e-3, "base_lr": 1e-3}])
 def test_exactly_one_rate_is_given(given):
     with pytest.raises(UserError, match=r"optim\.lr.*optim\.base_lr"):
         resolve_lr(OptimSettings(**given), 64, 1)
@@ -80,4 +80,4 @@ def test_exactly_one_rate_is_given(given):
 @pytest.mark.parametrize("bad", [{"lr": -1.0}, {"lr": math.nan}, {"base_lr": math.inf}, {"lr": 1.0, "min_lr": -1.0}])
 def test_rates_are_finite_and_positive(bad):
     with pytest.raises(UserError, match="finite"):
-        resolve_lr(OptimSettings(**bad), 64, 1)
+        resolve_lr(OptimSettings(**({"base_lr": None} | bad)), 64, 1)
