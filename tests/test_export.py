@@ -30,7 +30,7 @@ def make_run(
 ) -> Path:
     """A run directory with a best checkpoint, as training leaves it."""
     config = Config(clip=clip, model=model)
-    config.data.train, config.optim.lr = data, 1e-3
+    config.data.train, config.optim.lr, config.optim.base_lr = data, 1e-3, None
     loaded = load_model(model, clip, CLASSES, seed=0)
     with torch.no_grad():
         for parameter in loaded.model.parameters():

@@ -177,10 +177,14 @@ def test_checkpointing_gives_the_same_gradients(backbone):
     clip = ClipSettings(frames=2, size=64)
     model = build(clip, backbone=backbone) if backbone else build(clip)
     clips = torch.randn(2, 2, 3, 64, 64)
-    gradients = []
+    gradients, calls = [], []
+    inner = next(m for n, m in model.backbone.named_modules() if "blocks.0" in n and isinstance(m, nn.LayerNorm))
+    inner.register_forward_hook(lambda *_: calls.append(1))
     for model.checkpointing in (0, 1):
+        calls.clear()
         model.zero_grad()
         model(clips).square().sum().backward()
+        assert len(calls) == (1 if model.checkpointing == 0 else 2)
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)

@@ -240,10 +240,14 @@ def test_micro_batches_do_not_matter():
 def test_checkpointing_gives_the_same_gradients():
     model = build(drop_path=0.3)
     clips, noise = torch.randn(2, 4, 3, 16, 16), torch.rand(2, model.noise_size)
-    gradients = []
+    gradients, calls = [], []
+    for number, block in enumerate(model.backbone.blocks):
+        block.norm1.register_forward_hook(lambda *_, number=number: calls.append(number))
     for model.checkpointing in (0, 2):
+        calls.clear()
         model.zero_grad()
         model(clips, noise).square().sum().backward()
+        assert [calls.count(number) for number in range(3)] == ([1, 1, 1] if model.checkpointing == 0 else [2, 2, 1])
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert len(gradients[0]) == len(list(model.parameters()))
     for name, gradient in gradients[0].items():
