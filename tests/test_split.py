@@ -179,6 +179,13 @@ def test_a_regex_of_the_user() -> None:
         told(REAL, group_regex=r"(set1_seq\d+)")
 
 
+def test_a_rule_that_is_not_used_is_named(tmp_path: Path) -> None:
+    rule = {"group_regex": r"(set\d+_seq\d+)"}
+    for wishes in ({"group_by": "none"}, {"group_by": "numbered"}):
+        assert any("data.group_regex is not used" in note for note in told(REAL, **rule, **wishes).notes)
+    assert not any("not used" in note for note in told(REAL, **rule).notes)
+
+
 def test_a_csv_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "sources.csv"
     rows = [f"{name if i % 2 else name.split('/')[1]},s{i % 4}" for i, name in enumerate(REAL)]

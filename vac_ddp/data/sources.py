@@ -67,11 +67,15 @@ def find_sources(names: Sequence[str], classes: Sequence[str], settings: DataSet
     if kind == "regex" and settings.group_by == "auto" and not any(_from_regex(names, videos, settings)):
         kind = "auto"
         notes = [f"data.group_regex={settings.group_regex} fits none of the names: looking for a known grammar"]
+    ignored = _ignored(kind, settings)
     if kind == "none":
-        return Sources(grammar="none", groups=list(names), notes=["grouping: none, every video is its own source"])
+        note = "grouping: none, every video is its own source"
+        return Sources(grammar="none", groups=list(names), notes=[note, *ignored])
     if kind != "auto":
         found = _told(kind, names, videos, classes, settings)
-        return _asked_for(kind, found, names, classes, settings)
+        told = _asked_for(kind, found, names, classes, settings)
+        told.notes += ignored
+        return told
     reasons = []
     for grammar in _AUTO:
         found = _told(grammar, names, videos, classes, settings)
@@ -91,6 +95,15 @@ def find_sources(names: Sequence[str], classes: Sequence[str], settings: DataSet
             "recording may land on both sides: set data.group_by, data.group_regex or data.group_csv",
         ],
     )
+
+
+def _ignored(kind: str, settings: DataSettings) -> list[str]:
+    given = {"regex": settings.group_regex, "csv": settings.group_csv}
+    return [
+        f"warning: data.group_{name} is not used, grouping is by {kind}"
+        for name in given
+        if given[name] and kind != name
+    ]
 
 
 def _told(
