@@ -476,6 +476,17 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, data: DataSettings, harm:
     assert read_scan(path) is not None
 
 
+def test_a_cache_of_another_version_is_made_again(
+    tmp_path: Path, data: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = aged(tree(tmp_path / "d"))
+    open_index(root, labelled=True, settings=data)
+    monkeypatch.setattr("vac_ddp.data.index_file.VERSION", 999)
+    assert read_scan(cache_path(root, labelled=True, settings=data)) is None
+    open_index(root, labelled=True, settings=data)
+    assert read_scan(cache_path(root, labelled=True, settings=data)) is not None
+
+
 def test_other_ranks_read_what_rank_0_wrote(
     tmp_path: Path, data: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
