@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("vac_ddp.tools.launch", "train a classifier (--nproc N: under torchrun)"),
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
     "score": ("vac_ddp.tools.score", "turn views files into scores, ensembles and a submission"),
+    "ensemble": ("vac_ddp.tools.ensemble", "train folds and seeds, and score their views together"),
     "soup": ("vac_ddp.tools.soup", "average the weights of several runs of one model"),
     "report": ("vac_ddp.tools.report", "write report.html of a run, with curves, confusions and mistakes"),
     "synth": ("vac_ddp.tools.synth", "make a motion data set to try everything out"),

@@ -122,7 +122,8 @@ class Loop:
         self.stepper.warm_up()
         if where.validation_due:
             self._end_epoch()
-        while where.step < self.total_steps and not where.stopped_early:
+        # A run that was stopped right after its last step has that epoch to end.
+        while (where.step < self.total_steps or where.step_in_epoch) and not where.stopped_early:
             self._epoch()
             self._end_epoch()
         self._join_save()
