@@ -13,6 +13,7 @@ import torch
 from tests.runs import Workplace, assert_same_end
 from tests.support import environment
 from vac_ddp import config
+from vac_ddp.inference.viewsfile import read_views
 
 pytestmark = pytest.mark.distributed
 
@@ -51,6 +52,8 @@ def test_run_directory_holds_what_the_design_says(place: Workplace, single: str)
         "metrics.jsonl",
         "checkpoints",
         "best_videomae.pt",
+        "report.html",
+        "validation.npz",
     }
     assert json.loads((folder / "classes.json").read_text()) == ["class0", "class1", "class2"]
     saved = config.read_yaml(folder / "config.yaml")
@@ -60,6 +63,17 @@ def test_run_directory_holds_what_the_design_says(place: Workplace, single: str)
     assert steps == [3, 4, 6, 8, 9, 12]
     assert place.steps(single) == list(range(1, 13))
     assert [line["epoch"] for line in place.lines(single, "epoch")] == [1, 2, 3]
+
+
+def test_the_report_at_the_end_shows_the_best_validation(place: Workplace, single: str) -> None:
+    lines = place.lines(single, "epoch")
+    best = max(line["val_top1"] for line in lines)
+    kept = read_views(place.folder / single / "validation.npz")
+    assert kept.about["epoch"] == next(line["epoch"] for line in lines if line["val_top1"] == best)
+    assert len(kept.ids) == 6
+    assert (kept.logits.mean(1).argmax(1) == kept.labels).mean() == pytest.approx(best)
+    page = (place.folder / single / "report.html").read_text()
+    assert f"{best:.4f}" in page and "Confusion matrix" in page and "Recall of every class" in page
 
 
 def test_best_file_loads_into_the_library_class(place: Workplace, single: str) -> None:
@@ -103,6 +117,18 @@ def test_killed_and_resumed_ends_in_the_same_weights(place: Workplace) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step 6 of 12" in resumed.stdout and "bit for bit" in resumed.stdout
     assert_same_end(place, "whole", "killed")
+
+
+def test_stopped_right_after_its_last_step_a_run_still_has_its_epoch_to_end(place: Workplace) -> None:
+    stopped = place.train("last", "train.epochs=1", "optim.warmup_epochs=0", fault="SIGTERM step=2", ranks=1)
+    assert "saving at step 4 and ending" in stopped.stdout  # of 4: the ranks agree one step later
+    assert not (place.folder / "last" / "best_videomae.pt").exists()
+    (place.folder / "last" / "report.html").mkdir()  # in the way of the report, which must not fail the run
+    resumed = place.train("last", "train.epochs=1", "optim.warmup_epochs=0", "run.resume=auto", ranks=1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["epoch"] for line in place.lines("last", "epoch")] == [1]
+    assert "no report.html (IsADirectoryError" in resumed.stdout
+    assert (place.folder / "last" / "best_videomae.pt").exists()
 
 
 def test_without_validation_the_last_weights_are_saved(place: Workplace) -> None:

@@ -31,7 +31,8 @@ from vac_ddp.engine.signals import Agreement, StopRequest
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
 from vac_ddp.errors import Interrupted, UserError
-from vac_ddp.job_data import Data, make_validation, read_data
+from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.job_data import Data, keep_validation, make_validation, read_data
 from vac_ddp.models import Loaded, file_state, load_model
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.settings import Config
@@ -41,6 +42,9 @@ BYTES_A_PARAMETER = 12
 
 # Left in the run directory by a run that was stopped and saved: scripts requeue by it, not by torchrun's status.
 INTERRUPTED = "interrupted.json"
+
+# What the best weights said about every validation video, as a views file.
+VALIDATION = "validation.npz"
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -53,16 +57,33 @@ class Job:
     run: run_dir.OpenRun | None
     folder: Path
     tracker: Tracker
+    data: Data
 
-    def finish(self) -> None:
-        """Say what is where and what to type next."""
+    def finish(self, *, report: bool = True) -> None:
+        """Write the report, say what is where and what to type next."""
         stopping = self.loop.stopping
         self.tracker.artifact(self.loop.best_path)
         if stopping.best is not None:
             self.tracker.say(f"best validation accuracy {stopping.best:.4f} after epoch {stopping.best_epoch}")
         self.tracker.say(f"best weights  {self.loop.best_path}")
         self.tracker.say(f"log, figures  {self.folder / 'log.txt'}, {self.folder / 'metrics.jsonl'}")
+        if report and distributed.is_main():
+            self._report()
         self.tracker.say(f"next          vac predict --run {self.folder} --data data_test")
+
+    def _report(self) -> None:
+        """Write report.html. A run that is done is done: what goes wrong here is one line."""
+        try:
+            from vac_ddp.tools.report import write_report
+
+            kept = self.folder / VALIDATION
+            views = read_views(kept) if self.loop.stopping.best is not None and kept.exists() else None
+            if views is not None and views.about.get("epoch") != self.loop.stopping.best_epoch:
+                views = None
+            write_report(self.folder, views, self.folder / "report.html", index=self.data.val_index)
+            self.tracker.say(f"report        {self.folder / 'report.html'}")
+        except Exception as error:
+            self.tracker.say(f"no report.html ({type(error).__name__}: {error}); vac report {self.folder} makes one")
 
     def facts(self) -> dict[str, Any]:
         """For the status file."""
@@ -210,6 +231,12 @@ def _build(
         sampler.set_epoch(epoch, start_step=start_step)
         return to_device(loader, device)
 
+    def keep(validation: Validation) -> None:
+        try:
+            keep_validation(folder / VALIDATION, config, data, validation, loop.position.epoch)
+        except OSError as error:
+            tracker.say(f"{folder / VALIDATION} could not be written: {error.strerror}")
+
     loop = Loop(
         stepper=stepper,
         loader=loads,
@@ -221,7 +248,7 @@ def _build(
         rate=rate,
         damaged=lambda: sum(opened.damaged for opened in loaders),
         validate=None,
-        best_content=lambda validation: _best_content(config, data, loaded, stepper, validation),
+        best_content=lambda validation: _best_content(config, data, loaded, stepper, validation, keep),
         best_path=folder / f"best_{config.model.name}.pt",
         facts={
             **checkpoint.environment_facts(),
@@ -245,7 +272,7 @@ def _build(
         _start_fresh(config, folder, data, loaded, groups, stepper.model, tracker)
         _describe(config, loop, rate)
     tracker.connect(settings_io.to_dict(config), folder.name, resumed.part("wandb_id"))
-    return Job(loop=loop, run=run, folder=folder, tracker=tracker)
+    return Job(loop=loop, run=run, folder=folder, tracker=tracker, data=data)
 
 
 def _make_stepper(
@@ -364,9 +391,19 @@ def _class_weights(config: Config, data: Data, device: torch.device) -> torch.Te
 
 
 def _best_content(
-    config: Config, data: Data, loaded: Loaded, stepper: Stepper, validation: Validation | None
+    config: Config,
+    data: Data,
+    loaded: Loaded,
+    stepper: Stepper,
+    validation: Validation | None,
+    keep: Callable[[Validation], None],
 ) -> dict[str, Any]:
-    """What best_<model>.pt holds: plain types and tensors, readable with weights_only=True."""
+    """What best_<model>.pt holds: plain types and tensors, readable with weights_only=True.
+
+    keep: what else is done with a validation that was the best so far.
+    """
+    if validation is not None:
+        keep(validation)
     counts = np.bincount(data.index.labels[data.split.train], minlength=len(data.classes))
     return {
         "model": file_state(stepper.model if stepper.ema is None else stepper.ema.module),

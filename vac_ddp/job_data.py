@@ -15,12 +15,14 @@ from vac_ddp import distributed
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.loader import test_loader, to_device
+from vac_ddp.data.sources import find_sources
 from vac_ddp.data.split import Split, make_split, read_split, write_split
 from vac_ddp.engine import health
 from vac_ddp.engine.evaluate import rank_places, video_logits
 from vac_ddp.engine.loop import Loop, Validation
 from vac_ddp.engine.step import Stepper
 from vac_ddp.errors import UserError
+from vac_ddp.inference.viewsfile import ViewsHead, write_views
 from vac_ddp.metrics import classification_metrics
 from vac_ddp.settings import Config
 
@@ -144,6 +146,36 @@ def make_validation(
         if logits is not None:
             figures = classification_metrics(logits, labels, data.classes).figures()
         figures = distributed.broadcast_object(figures)
-        return Validation(top1=figures["top1"], loss=figures["loss"], figures=figures)
+        return Validation(top1=figures["top1"], loss=figures["loss"], figures=figures, logits=logits)
 
     return validate
+
+
+def keep_validation(path: Path, config: Config, data: Data, validation: Validation, epoch: int) -> None:
+    """Write the logits of a validation as a views file: one row a video, the mean over the views of `config.val`."""
+    assert validation.logits is not None, "only on rank 0"
+    videos, views = data.split.val, config.val
+    windows = len(views.offsets) if views.windows == "offsets" else views.count
+    names = [data.val_index.names[video] for video in videos.tolist()]
+    head = ViewsHead(
+        ids=names,
+        classes=list(data.classes),
+        views=np.zeros((1, 3), np.int64),
+        labels=data.val_index.labels[videos],
+        sources=_val_sources(config, data, names),
+        damaged=np.zeros(len(videos), np.int64),
+        failed=np.zeros(len(videos), bool),
+        about={"epoch": epoch, "averaged": windows * views.crops * (2 if views.flip else 1)},
+    )
+    write_views(path, head, [validation.logits.numpy()[:, None]])
+
+
+def _val_sources(config: Config, data: Data, names: list[str]) -> list[str]:
+    if not config.data.val:
+        return [data.split.groups[video] for video in data.split.val.tolist()]
+    try:
+        labels = data.val_index.labels[data.split.val].tolist()
+        found = find_sources(names, [data.classes[label] for label in labels], config.data)
+    except UserError:  # the names of these videos do not tell, or not by this rule
+        return [""] * len(names)
+    return [""] * len(names) if found.grammar == "none" else list(found.groups)

@@ -22,7 +22,7 @@ def train(argv: list[str]) -> dict[str, Any] | None:
         job_data.debug_data(command.config, command.given)
     with job.open_job(command.config, device) as opened:
         opened.loop.run()
-        opened.finish()
+        opened.finish(report=not command.debug)
         return opened.facts()
 
 

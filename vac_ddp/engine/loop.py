@@ -75,12 +75,12 @@ class Tally:
 
 @dataclass(kw_only=True)
 class Validation:
-    """Figures of the validation part, the same on every rank; `detail` (per class, confusion) on rank 0 only."""
+    """Figures of the validation part, the same on every rank; its logits (V, K) float32 on rank 0 only."""
 
     top1: float
     loss: float
     figures: dict[str, float]
-    detail: dict[str, Any] | None = None
+    logits: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,7 @@ OURS = (
     "metrics.jsonl",
     "metrics.discarded.jsonl",
     "load_report.json",
+    "validation.npz",
     "report.html",
     "interrupted.json",
     "checkpoints",

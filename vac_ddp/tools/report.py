@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from vac_ddp.inference import evaluation, scoring
 from vac_ddp.inference.viewsfile import NAME, Views, read_views
 from vac_ddp.metrics import log_softmax
 from vac_ddp.report import html
+
+if TYPE_CHECKING:
+    from vac_ddp.data.index import Index
 
 FRAMES = 8  # in a strip
 HEIGHT = 96  # of a strip, in pixels
@@ -54,9 +57,13 @@ def _usage(message: str) -> NoReturn:
     raise UserError(f"{message} (see --help)")
 
 
-def write_report(run: Path, views: Views | None, out: Path, *, note: str = "") -> None:
-    """Write the report of a run, with the labelled `views` of its best weights or without."""
-    write_text(out, html.render(gather(run, views, _frame_strips(run), note=note)))
+def write_report(run: Path, views: Views | None, out: Path, *, note: str = "", index: Index | None = None) -> None:
+    """Write the report of a run, with the labelled `views` of its best weights or without.
+
+    index: the validation videos, for the frames of mistakes; without it they are looked up by the run's settings.
+    """
+    strip = _frame_strips(run) if index is None else strips_of(index)
+    write_text(out, html.render(gather(run, views, strip, note=note)))
 
 
 # ---------------------------------------------------------------- the validation part
@@ -112,6 +119,11 @@ def _frame_strips(run: Path) -> Strip:
     except (UserError, OSError, ValueError) as error:
         print(f"no frames in the report: {error}", file=sys.stderr)
         return lambda name: None
+    return strips_of(index)
+
+
+def strips_of(index: Index) -> Strip:
+    """A function that makes a strip of frames of the video of a name; None where it is not in the index."""
     place = {name: i for i, name in enumerate(index.names)}
 
     def strip(name: str) -> bytes | None:
@@ -286,7 +298,7 @@ def validation_of(views: Views, strip: Strip) -> html.Validation:
         correct=predicted == labels,
         interval=found.interval if not math.isnan(found.interval[0]) else (math.nan, math.nan),
         sources=found.sources,
-        views=len(views.views),
+        views=int(views.about.get("averaged", len(views.views))),
         pairs=pairs,
         worst=[example(row) for row in worst[:MISTAKES]],
         surest=[example(row) for row in surest],
