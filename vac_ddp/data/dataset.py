@@ -80,11 +80,11 @@ class TrainClips(Dataset):
         partner = np.arange(rows.size)
         paired = units[units[:, 1] >= 0]
         partner[paired], partner[paired[:, ::-1]] = paired[:, ::-1], paired
-        first = [keys[i // 2 * 2] for i in range(len(keys))]  # what is drawn for a unit goes by its first draw
         nothing = Key(0, 0, 0)  # shapes and types of an empty batch
         facts = _in_rows([self._facts(key) for key in keys] or [self._facts(nothing)], rows)
         params = _in_rows([self._params(key) for key in keys] or [self._params(nothing)], rows)
-        params |= _in_rows([self._mixing(key) for key in first] or [self._mixing(nothing)], rows)
+        mixing = [self._mixing(key) for key in keys[::2]] or [self._mixing(nothing)]
+        params |= _in_rows([mixing[i // 2] for i in range(max(1, len(keys)))], rows)
         params["partner"] = torch.from_numpy(partner)
         return Batch(clips=clips, params=params, units=torch.from_numpy(units), damage=damage, **facts)
 

@@ -36,8 +36,8 @@ def decode_frame(
         Decode a JPEG at 1/factor of its size, rounded up. A frame of more than `MAX_PIXELS` is reduced further.
     tolerant : bool
         For a file that was found damaged: take what can be decoded; the rest of the picture is grey or black.
-    buffer : contiguous uint8 array, optional
-        Where the pixels of a JPEG go if they fit; the result is then a view of it.
+    buffer : contiguous (H, W, 3) uint8 array, optional
+        Where the pixels of a JPEG of just this size go; the result is then `buffer` itself.
 
     Raises
     ------
@@ -87,9 +87,12 @@ def _decode_jpeg(
     else:
         height, width = -(-height // factor), -(-width // factor)
         least = {"min_height": height, "min_width": width, "min_factor": factor}
-    if buffer is not None and buffer.nbytes < height * width * 3:
-        buffer = None
-    image = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=not tolerant, **least)
+    image = buffer if buffer is not None and buffer.shape[:2] == (height, width) else None
+    if image is None:
+        image = np.empty((height, width, 3), np.uint8)
+    decoded = simplejpeg.decode_jpeg(data, "RGB", buffer=image, strict=not tolerant, **least)
+    if decoded.shape != image.shape:
+        raise DamagedFrame(f"decodes to {decoded.shape[:2]} where {image.shape[:2]} was promised")
     return _something(image) if tolerant else image
 
 
