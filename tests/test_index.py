@@ -526,6 +526,27 @@ def test_a_stale_copy_of_a_run_is_replaced(tmp_path: Path, data: DataSettings) -
     assert len(open_index(root, labelled=True, settings=data, cache_file=run, scan=False)) == 5
 
 
+def test_a_copy_of_another_root_is_not_used(tmp_path: Path, data: DataSettings) -> None:
+    """A run that is resumed with data.train=ELSEWHERE brings the index of its old data with it."""
+    old, new = aged(tree(tmp_path / "old")), aged(tree(tmp_path / "new", videos=3))
+    (tmp_path / "old.csv").write_text("path,label\nold/run/clip_0,run\nold/walk/clip_1,walk\n")
+    (tmp_path / "new.csv").write_text("path,label\nnew/run/clip_2,run\nnew/walk/clip_2,walk\n")
+    os.utime(tmp_path / "old.csv", (1e9, 1e9))
+    run = tmp_path / "run" / "index"
+    for root, videos in ((old, 4), (new, 6), (tmp_path / "old.csv", 2), (tmp_path / "new.csv", 2), (old, 4)):
+        index = open_index(root, labelled=True, settings=data, cache_file=run)
+        assert len(index) == videos
+        of = "new" if "new" in root.name else "old"
+        assert index.base in (str(tmp_path / of), str(tmp_path)) and of in f"{index.base}/{index.names[0]}"
+        assert list(open_index(root, labelled=True, settings=data, cache_file=run, scan=False).names) == list(
+            index.names
+        )
+    as_test = tmp_path / "old" / "run"
+    open_index(as_test, labelled=False, settings=data, cache_file=run)
+    with pytest.raises(UserError):
+        open_index(as_test, labelled=True, settings=data, cache_file=run)
+
+
 def test_no_cache_folder_is_no_reason_to_stop(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     settings_ = DataSettings(cache=str(tmp_path / "file" / "cache"))

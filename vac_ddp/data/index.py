@@ -1,6 +1,6 @@
 """Which videos there are: their labels, frames and damage, from a folder, a CSV or a packed set, scanned once."""
 
-# ruff: noqa: PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
+# ruff: noqa: PTH112, PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
 
 from __future__ import annotations
 
@@ -150,7 +150,9 @@ def cached_scan(
     places = [default] if cache_file is None else [Path(cache_file), default]
     for i, place in enumerate(places):
         stored = read_scan(place)
-        if stored is not None and (not scan or unchanged(stored, every=settings.rescan)):
+        if stored is None:
+            continue
+        if not scan or (_is_of(stored, root, labelled=labelled) and unchanged(stored, every=settings.rescan)):
             if scan:
                 stale, later = places[:i], places[i + 1 :]
                 _keep(stored, [*stale, *(other for other in later if not other.exists())], cache_file)
@@ -160,6 +162,13 @@ def cached_scan(
     found = scan_root(root, labelled=labelled)
     _keep(found, places, cache_file)
     return found
+
+
+def _is_of(stored: Scan, root: Path, *, labelled: bool) -> bool:
+    """Whether a scan was made of `root`: a cache file that the caller chose may be of another one, or of a CSV."""
+    where = os.path.realpath(root)
+    same = stored.base == where if os.path.isdir(where) else where in stored.watched
+    return same and bool(stored.classes) == labelled
 
 
 def _keep(found: Scan, places: Sequence[Path], needed: str | Path | None) -> None:
