@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import tempfile
 import time
@@ -56,6 +57,15 @@ def made_scan(videos: int, root: Path) -> Scan:
         watched={},
         strays=Strays(),
     )
+
+
+def cpu() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def peak_mib() -> float:
@@ -116,8 +126,8 @@ def main() -> int:
         path = cache_path(root, labelled=True, settings=DataSettings(cache=str(cache)))
         write_scan(path, made_scan(options.videos, root))
         figures = {
-            "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
-            f"numpy {np.__version__}",
+            "machine": f"{cpu()}, {os.cpu_count()} cores, {platform.system()}",
+            "versions": f"Python {platform.python_version()}, numpy {np.__version__}",
             "date": time.strftime("%Y-%m-%d"),
             "videos": options.videos,
             "file_mib": round(path.stat().st_size / 2**20, 1),
