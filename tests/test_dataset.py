@@ -218,6 +218,28 @@ def test_a_batch_survives_the_way_between_processes(index: object) -> None:
         assert a.dtype == b.dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_whole_on_a_gpu(index: object) -> None:
+    """Copied from pinned memory on another stream while the device is busy with the batch before."""
+    device = torch.device("cuda", 0)
+    made = {}
+    for pin, where in ((False, CPU), (True, device)):
+        dataset = TrainClips(index, np.arange(13), config(2), NOISE, 11)
+        sampler = StepSampler(np.arange(13), seed=0, global_batch=4, clips_per_gpu=4, rank=0, world=1, repeats=2)
+        loader = train_loader(dataset, sampler, workers=1, pin=pin)
+        arrived = []
+        for batch in to_device(loader, where):
+            busy = torch.randn(2000, 2000, device=where)
+            for _ in range(5):
+                busy = busy @ busy / 2000
+            arrived.append((batch.clips.clone(), batch.noise.clone(), batch.params["partner"].clone()))
+        made[where.type] = [[tensor.cpu() for tensor in batch] for batch in arrived]
+        loader.close()
+    for there, here in zip(made["cuda"], made["cpu"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+
+
 # ---------------------------------------------------------------- scored videos
 
 

@@ -199,28 +199,22 @@ _AnyBatch = TypeVar("_AnyBatch", Batch, TestBatch)
 
 
 def to_device(batches: Iterable[_AnyBatch], device: torch.device) -> Iterator[_AnyBatch]:
-    """The batches on `device`. On CUDA the next one is copied on a stream of its own while this one is worked on."""
+    """The batches on `device`.
+
+    On CUDA they are copied on a stream of their own: the host runs ahead, so a batch travels (from pinned memory) while
+    the device still computes with the one before.
+    """
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
     copying = torch.cuda.Stream(device)
-    ahead: tuple[_AnyBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(copying):
             moved = batch.to(device, non_blocking=True)
-            done = copying.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead, device)
-        ahead = (moved, done)
-    if ahead is not None:
-        yield _arrived(*ahead, device)
-
-
-def _arrived(batch: _AnyBatch, done: torch.cuda.Event, device: torch.device) -> _AnyBatch:
-    working = torch.cuda.current_stream(device)
-    working.wait_event(done)
-    for tensor in batch.tensors():
-        if tensor.is_cuda:
-            tensor.record_stream(working)  # its memory is not given to the next copy while it is read
-    return batch
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(copying)
+        for tensor in moved.tensors():
+            if tensor.is_cuda:
+                tensor.record_stream(working)  # its memory is not given to the next copy while it is read
+        yield moved
