@@ -5,7 +5,8 @@
 Makes `vac synth --set directions` (8 one-way motions, each the reverse of another), trains every model on it from
 nothing by `python -m vac_ddp.train`, and scores `python -m vac_ddp.predict` on the test part, which has sources of its
 own. Frames without their order tell the axis of a motion and nothing more: 1/2 is the most that a mean over time can
-expect. Writes motion_models.json and motion_models.md. About six minutes on one core for the two models.
+expect. Writes motion_models.json and motion_models.md. About five minutes on a core
+of its own for the two models.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def report(result: dict[str, Any]) -> str:
         [
             "# Which models see the direction of a motion",
             "",
-            f"`{result['command']}`, {result['date']}, {result['machine']}, one thread; {versions}.",
+            f"`{result['command']}`, {result['date']}, {result['machine']}, one thread; {versions}. "
+            "Seconds include the start and validations, and whatever else the machine did.",
             "",
             "8 one-way motions of `vac synth --set directions`, "
             f"{result['videos']} videos to train and validate on, {result['models'][0]['test_videos']} to test, of "
