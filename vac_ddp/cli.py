@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
     "score": ("vac_ddp.tools.score", "turn views files into scores, ensembles and a submission"),
     "ensemble": ("vac_ddp.tools.ensemble", "train folds and seeds, and score their views together"),
+    "audio": ("vac_ddp.tools.audio", "train a classifier of the videos' sound, to be scored with the picture's"),
     "soup": ("vac_ddp.tools.soup", "average the weights of several runs of one model"),
     "report": ("vac_ddp.tools.report", "write report.html of a run, with curves, confusions and mistakes"),
     "synth": ("vac_ddp.tools.synth", "make a motion data set to try everything out"),

@@ -105,9 +105,7 @@ def make_task(
         "precision": precision,
         "model": config.model.name,
     }
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
-    digest.update(np.asarray(index.frame_counts, "<i8").tobytes())
-    fingerprint = {"weights": source.sha256[:16], "data": f"{len(names)} videos, {digest.hexdigest()[:16]}"}
+    fingerprint = {"weights": source.sha256[:16], "data": data_mark(index)}
     fingerprint |= {"precision": precision}
     for group in ("clip", "views"):
         fingerprint |= {f"{group}.{name}": str(value) for name, value in settings[group].items()}
@@ -133,6 +131,13 @@ def make_task(
         fingerprint=fingerprint,
         prior=log_prior(source.class_counts, len(classes)),
     )
+
+
+def data_mark(index: Index) -> str:
+    """What tells one set of videos from another: how many, and a hash over their names and numbers of frames."""
+    digest = hashlib.sha256("\n".join(index.names).encode("utf-8", "surrogateescape"))
+    digest.update(np.asarray(index.frame_counts, "<i8").tobytes())
+    return f"{len(index)} videos, {digest.hexdigest()[:16]}"
 
 
 def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:

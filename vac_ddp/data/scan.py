@@ -20,6 +20,7 @@ from vac_ddp.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg")
+SOUND = "audio.wav"  # may lie beside the frames of a video
 GOOD, EMPTY, MISSING, UNREADABLE, DAMAGED = range(5)
 STATES = ("good", "no frames in it", "no such folder", "cannot be read", "no frame decodes")
 
@@ -272,7 +273,7 @@ def _frames_in(folder: str, name: str, strays: Strays) -> list[str]:
                 strays.hidden += 1
             elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
                 found.append(entry.name)
-            else:
+            elif entry.name != SOUND:
                 strays.see(f"{name}/{entry.name}")
     return found
 
