@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from PIL import Image
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -26,6 +28,21 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 def jpeg(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
     """`picture` as a JPEG."""
     return simplejpeg.encode_jpeg(picture(height, width, seed), quality=quality, colorsubsampling="420")
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 def write_video(folder: Path, frames: int, *, height: int = 48, width: int = 64, seed: int = 0) -> Path:
