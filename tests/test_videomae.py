@@ -392,7 +392,7 @@ def test_first_values_are_the_recipes_and_follow_from_the_seed():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert not torch.equal(model.head.weight, other.head.weight)
     assert model.head.weight.std().item() == pytest.approx(0.02 * 0.001, rel=0.05)
-    assert model.blocks[1].fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[1].fc1.weight.std().item() == pytest.approx(math.sqrt(2 / (256 + 1024)), rel=0.05)
     bound = 1 / math.sqrt(3 * 2 * 16 * 16)
     assert model.patch_embed.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias") and "patch_embed" not in n)

@@ -220,17 +220,18 @@ def architecture_from(fields: dict[str, Any]) -> Architecture:
 
 @torch.no_grad()
 def init_weights(model: VideoMAE, generator: torch.Generator, *, head_scale: float) -> None:
-    """Draw all parameters as the official code does.
+    """Draw all parameters for training from nothing.
 
-    Linear layers truncated normal 0.02 with zero bias, the patch embedding as PyTorch draws a convolution,
-    the classifier truncated normal 0.02 times `head_scale`.
+    Linear layers Xavier uniform with zero bias, as the official code draws them before pre-training (its 0.02 of
+    fine-tuning is for weights that are loaded afterwards, and starts a narrow network almost at zero); the patch
+    embedding as PyTorch draws a convolution; the classifier truncated normal 0.02 times `head_scale`.
     """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear) and module is not model.head and module is not model.patch_embed:
-            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            nn.init.xavier_uniform_(module.weight, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Block):
