@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import socket
 import subprocess
 import sys
 import wave
@@ -18,7 +21,7 @@ from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
 from vac_ddp.files import PARTIAL
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools.extract import Options, extract, find_videos, main, sweep
+from vac_ddp.tools.extract import Options, Outcome, extract, extract_one, find_videos, main, outcomes, sweep
 from vac_ddp.tools.video import DamagedVideo, read_frames
 
 av = pytest.importorskip("av", reason="vac extract needs PyAV")
@@ -231,7 +234,7 @@ def test_a_killed_extraction_leaves_no_folder_and_the_next_one_sweeps(tmp_path: 
         "    if calls[0] == 15: os.kill(os.getpid(), 9)\n"
         "    return write(self, data)\n"
         "Path.write_bytes = stop\n"
-        f"extract.main([{str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, '--workers', '1'])\n"
+        f"extract.main([{str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, '--workers', '0'])\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", script], cwd=REPO, env=environment(), capture_output=True, check=False
@@ -248,10 +251,24 @@ def test_a_killed_extraction_leaves_no_folder_and_the_next_one_sweeps(tmp_path: 
     assert all(len(jpegs(tmp_path / "out" / "c" / str(i))) == 10 for i in range(4))
 
 
-def test_work_of_a_living_process_or_another_machine_is_not_swept(tmp_path: Path) -> None:
-    import os
-    import socket
+def crash_on_b(root: Path, source: Path, folder: Path, options: Options) -> Outcome:
+    if source.stem == "b":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return extract_one(root, source, folder, options)
 
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_crashes_the_decoder_is_damaged_and_the_others_are_not(tmp_path: Path, workers: int) -> None:
+    for name in "abc":
+        make_video(tmp_path / f"{name}.mp4", 2)
+    jobs = [(tmp_path, Path(f"{name}.mp4"), tmp_path / name, Options()) for name in "abc"]
+    found = {outcome.name: outcome for outcome in outcomes(jobs, workers=workers, work=crash_on_b)}
+    assert {name: outcome.frames for name, outcome in found.items()} == {"a.mp4": 2, "b.mp4": 0, "c.mp4": 2}
+    assert found["b.mp4"].problem == "FFmpeg crashes on it"
+    assert found["a.mp4"].problem is None
+
+
+def test_work_of_a_living_process_or_another_machine_is_not_swept(tmp_path: Path) -> None:
     kept = [
         tmp_path / f".a.{socket.gethostname().replace('.', '_')}-{os.getpid()}{PARTIAL}",
         tmp_path / f".b.elsewhere-1{PARTIAL}",

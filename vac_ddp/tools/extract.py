@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ class Options:
     short_side: int | None = None  # pixels; smaller videos keep their size
     quality: int = 90  # of the JPEGs
     audio: bool = False  # write audio.wav as well
+
+
+Job = tuple[Path, Path, Path, Options]  # folder of the videos, file in it, folder to write, options
 
 
 @dataclass(kw_only=True)
@@ -70,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--short-side", type=int, help="shrink frames whose short side is larger, in pixels")
     parser.add_argument("--quality", type=int, default=Options.quality, help="JPEG quality, 1 to 100 (%(default)s)")
     parser.add_argument("--audio", action="store_true", help="write audio.wav (16 kHz, mono) where there is sound")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: none but this)")
     given = parser.parse_args(argv)
     if given.rate is not None and not given.rate > 0:
         parser.error(f"--rate {given.rate:g}: must be above 0")
@@ -98,7 +103,7 @@ def _there(count: int) -> str:
     return f"; {count} were there" if count else ""
 
 
-def extract(videos: Path, out: Path, options: Options, *, workers: int = 1, progress: bool = False) -> Summary:
+def extract(videos: Path, out: Path, options: Options, *, workers: int = 0, progress: bool = False) -> Summary:
     """Extract every video below `videos` that has no folder in `out` yet.
 
     A folder appears when all of its frames are on the disk. Raises UserError where there is nothing to extract, two
@@ -121,6 +126,7 @@ def extract(videos: Path, out: Path, options: Options, *, workers: int = 1, prog
             summary.frames += outcome.frames
         else:
             summary.damaged.append(outcome)
+    sweep(out)  # what a crash left
     summary.damaged.sort(key=lambda outcome: outcome.name)
     return summary
 
@@ -208,24 +214,43 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _run(todo: list[tuple[Path, Path, Path, Options]], *, workers: int, progress: bool) -> Iterator[Outcome]:
+def _run(todo: list[Job], *, workers: int, progress: bool) -> Iterator[Outcome]:
     from tqdm import tqdm
 
     with tqdm(total=len(todo), desc="extract", unit="video", disable=not progress) as bar:
-        for outcome in _outcomes(todo, min(workers, len(todo))):
+        for outcome in outcomes(todo, workers=min(workers, len(todo))):
             yield outcome
             bar.update()
 
 
-def _outcomes(todo: list[tuple[Path, Path, Path, Options]], workers: int) -> Iterable[Outcome]:
-    if workers < 2:
-        yield from (extract_one(*job) for job in todo)
+def outcomes(todo: list[Job], *, workers: int, work: Callable[..., Outcome] | None = None) -> Iterator[Outcome]:
+    """Do `work` (extract_one) for every job in so many processes (0: in this one), in the order in which they end.
+
+    A file on which FFmpeg crashes takes its process along. What was not done then is done one by one, each in a
+    process of its own, and the file that crashes again is damaged.
+    """
+    work = work or extract_one
+    if workers < 1:
+        yield from (work(*job) for job in todo)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(extract_one, *job) for job in todo]
+    left = dict(enumerate(todo))
+    with contextlib.suppress(BrokenProcessPool):
+        for number, outcome in _in_processes(left, workers, work):
+            del left[number]
+            yield outcome
+    for number, job in left.items():
         try:
-            for job in as_completed(jobs):
-                yield job.result()
+            yield from (outcome for _, outcome in _in_processes({number: job}, 1, work))
+        except BrokenProcessPool:
+            yield Outcome(name=str(job[1]), problem="FFmpeg crashes on it")
+
+
+def _in_processes(jobs: dict[int, Job], workers: int, work: Callable[..., Outcome]) -> Iterator[tuple[int, Outcome]]:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(work, *job): number for number, job in jobs.items()}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
