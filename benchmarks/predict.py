@@ -25,6 +25,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from benchmarks.index import cpu
 from vac_ddp.data import frames
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
@@ -113,7 +114,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    print(f"{cpu()}; {where}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
     clip = ClipSettings(frames=16, stride=4, size=options.size)
     one, three = (ViewSettings(windows="spread", count=5, crops=crops) for crops in (1, 3))
     with tempfile.TemporaryDirectory() as name:
