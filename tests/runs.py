@@ -84,6 +84,21 @@ class Workplace:
             timeout=timeout,
         )
 
+    def python(self, *words: str | Path, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run `python WORDS` in this folder, in one process."""
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=self.folder,
+            env=environment(**extra),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def alone(self, run: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Train in a single process, without torchrun."""
+        return self.python("-m", "vac_ddp.train", *self.arguments(run, *words))
+
     def status(self, run: str) -> dict[str, Any]:
         """What the run wrote to VAC_STATUS_FILE."""
         return json.loads((self.folder / f"{run}.status.json").read_text(encoding="utf-8"))
@@ -130,6 +145,15 @@ def assert_same_end(place: Workplace, run: str, other: str) -> None:
         assert [line["step"] for line in mine] == [line["step"] for line in theirs]
         for x, y in zip(mine, theirs, strict=True):
             assert {k: x.get(k) for k in figures} == {k: y.get(k) for k in figures}
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The only line of an error of the user's, whose exit status is 2."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
 
 
 def no_orphans(place: Workplace) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import Workplace, assert_same_end, differences, make_videos, no_orphans
+from tests.runs import Workplace, assert_same_end, differences, make_videos, no_orphans, one_line
 from tests.support import REPO, environment
 from vac_ddp.data.augment import augment_clips
 from vac_ddp.data.dataset import TrainClips
@@ -47,17 +47,8 @@ def repeats(place: Workplace, what: str, out: str, run: str, *words: str, ranks:
     """Run drivers/repeats.py under torchrun; its lines."""
     path = place.folder / out
     driver = REPO / "tests" / "drivers" / "repeats.py"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-            *(str(driver), what, str(path), *place.arguments(run, *words)),
-        ],
-        cwd=place.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = place.python(*launch, driver, what, path, *place.arguments(run, *words), timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -358,27 +349,13 @@ def test_17_class_weights_balance_and_repeats_resume(place: Workplace) -> None:
 # ---------------------------------------------------------------- 18 and 19: directories and input
 
 
-def one_line_error(place: Workplace, run: str, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "vac_ddp.train", *place.arguments(run, *words)],
-        cwd=place.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    return line
-
-
 def test_18_two_runs_on_one_directory(place: Workplace) -> None:
     folder = place.folder / "shared_run"
     folder.mkdir()
     lock = RunLock(folder)
     lock.take()
     try:
-        assert f"is in use by process {os.getpid()}" in one_line_error(place, "shared_run")
+        assert f"is in use by process {os.getpid()}" in one_line(place.alone("shared_run"))
     finally:
         lock.release()
     assert list(folder.iterdir()) == []
@@ -414,7 +391,7 @@ def test_18_newest_is_by_step_not_by_clock(place: Workplace, tmp_path: Path) -> 
 
 def test_18_read_only_directory(place: Workplace, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert "cannot be" in one_line_error(place, "unused", f"run.dir={small_disk}/run")
+    assert "cannot be" in one_line(place.alone("unused", f"run.dir={small_disk}/run"))
 
 
 def test_19_label_out_of_range_names_the_video() -> None:
@@ -425,4 +402,4 @@ def test_19_label_out_of_range_names_the_video() -> None:
 def test_19_video_without_frames_is_named(place: Workplace, tmp_path: Path) -> None:
     data = make_videos(tmp_path / "data", videos=2)
     (data / "class1" / "hollow").mkdir()
-    assert "class1/hollow" in one_line_error(place, "hollow", f"data.train={data}", "data.val=null")
+    assert "class1/hollow" in one_line(place.alone("hollow", f"data.train={data}", "data.val=null"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import Workplace, assert_same_end
+from tests.runs import Workplace, assert_same_end, one_line
 from tests.support import environment
 from vac_ddp import config
 from vac_ddp.inference.viewsfile import read_views
@@ -26,14 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def single(place: Workplace) -> str:
     """A run of one process that the others are compared with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vac_ddp.train", *place.arguments("single")],
-        cwd=place.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = place.alone("single")
     assert done.returncode == 0, done.stderr
     return "single"
 
@@ -157,25 +150,6 @@ def test_a_model_of_its_own_run_with_other_classes_gets_a_new_head(place: Workpl
     assert "classes" in report["head"] and report["missing"]
 
 
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
-
-
-def vac_train(place: Workplace, run: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vac_ddp.train", *place.arguments(run, *words)],
-        cwd=place.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_bad_input_is_one_line_and_status_2(place: Workplace, single: str, tmp_path: Path) -> None:
     empty_class = tmp_path / "empty_class"
     (empty_class / "full" / "v").mkdir(parents=True)
@@ -207,7 +181,7 @@ def test_bad_input_is_one_line_and_status_2(place: Workplace, single: str, tmp_p
         "model.weights": ["model.weights=/nowhere/weights.pth"],
     }
     for expected, words in cases.items():
-        line = one_line(vac_train(place, "bad", *words))
+        line = one_line(place.alone("bad", *words))
         assert expected in line, (expected, line)
         assert not (place.folder / "bad" / "checkpoints").exists()
 
@@ -215,9 +189,9 @@ def test_bad_input_is_one_line_and_status_2(place: Workplace, single: str, tmp_p
 def test_a_directory_with_a_run_is_left_alone(place: Workplace, single: str) -> None:
     folder = place.folder / single
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    assert "run.resume=auto" in one_line(vac_train(place, single))
+    assert "run.resume=auto" in one_line(place.alone(single))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    other = vac_train(place, single, "run.resume=auto", "train.global_batch=8")
+    other = place.alone(single, "run.resume=auto", "train.global_batch=8")
     assert "train.global_batch is 8 and was 6" in one_line(other)
 
 
@@ -227,7 +201,7 @@ def test_damaged_checkpoint_is_named(place: Workplace, single: str) -> None:
     bad.parent.mkdir()
     bad.write_bytes(source.read_bytes()[:-7])
     bad.with_suffix(".json").write_bytes(source.with_suffix(".json").read_bytes())
-    assert "is damaged" in one_line(vac_train(place, "fresh", f"run.resume={bad}"))
+    assert "is damaged" in one_line(place.alone("fresh", f"run.resume={bad}"))
 
 
 def test_an_error_of_all_ranks_is_one_line_of_the_program(place: Workplace) -> None:
@@ -240,14 +214,7 @@ def test_an_error_of_all_ranks_is_one_line_of_the_program(place: Workplace) -> N
 
 def test_vac_train_starts_the_ranks_and_gives_their_status(place: Workplace) -> None:
     def vac(run: str, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "vac_ddp.cli", "train", "--nproc", "2", *place.arguments(run, *words)],
-            cwd=place.folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        return place.python("-m", "vac_ddp.cli", "train", "--nproc", "2", *place.arguments(run, *words))
 
     done = vac("by_vac", "train.max_steps=2")
     assert done.returncode == 0, done.stderr

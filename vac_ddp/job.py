@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from vac_ddp import config as settings_io
 from vac_ddp import distributed, files
@@ -22,10 +20,8 @@ from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.loader import Batch, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.engine import checkpoint, health, run_dir
-from vac_ddp.engine.ema import Ema
-from vac_ddp.engine.fit import fit_clips
 from vac_ddp.engine.loop import Loop, Validation
-from vac_ddp.engine.optim import Group, group_table, make_groups, make_optimizer
+from vac_ddp.engine.optim import group_table
 from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_lr
 from vac_ddp.engine.signals import Agreement, StopRequest
 from vac_ddp.engine.step import Stepper
@@ -33,6 +29,7 @@ from vac_ddp.engine.stopping import Stopping
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.job_data import Data, keep_validation, make_validation, read_data
+from vac_ddp.job_model import Resumed, make_stepper, precision_of
 from vac_ddp.models import Loaded, file_state, load_model
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.settings import Config
@@ -45,8 +42,6 @@ INTERRUPTED = "interrupted.json"
 
 # What the best weights said about every validation video, as a views file.
 VALIDATION = "validation.npz"
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 @dataclass(kw_only=True)
@@ -158,34 +153,6 @@ def _open_run(config: Config, say: Callable[[str], None]) -> run_dir.OpenRun | N
     )
 
 
-# ---------------------------------------------------------------- model and loop
-
-
-def precision_of(config: Config, device: torch.device) -> str:
-    """The precision that train.precision=auto means on this device."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-@dataclass(kw_only=True)
-class Resumed:
-    """What a run goes on from: the state on rank 0, the facts on every rank; both None in a new run."""
-
-    state: dict[str, Any] | None
-    facts: dict[str, Any] | None
-    source: Path | None
-
-    @property
-    def yes(self) -> bool:
-        """Whether there is something to go on from."""
-        return self.facts is not None
-
-    def part(self, name: str) -> Any:
-        """A part of the state, on rank 0."""
-        return self.state[name] if self.state is not None else None
-
-
 def _build(
     config: Config,
     device: torch.device,
@@ -209,7 +176,7 @@ def _build(
     if not resumed.yes:
         for line in loaded.report.lines():
             tracker.say(line)
-    stepper, groups = _make_stepper(config, device, data, loaded, resumed)
+    stepper, groups = make_stepper(config, device, data, loaded, resumed)
     sampler = StepSampler(
         data.split.train,
         seed=config.seed,
@@ -275,46 +242,6 @@ def _build(
     return Job(loop=loop, run=run, folder=folder, tracker=tracker, data=data)
 
 
-def _make_stepper(
-    config: Config, device: torch.device, data: Data, loaded: Loaded, resumed: Resumed
-) -> tuple[Stepper, list[Group]]:
-    """The model on its device, compiled and wrapped as set, with average, optimizer and scaler, restored if resumed."""
-    model = loaded.model.to(device)
-    precision = precision_of(config, device)
-    model.checkpointing = config.train.checkpointing
-    groups = make_groups(model, config.optim, config.train.freeze_depth)
-    clips_per_gpu = _clips_per_gpu(config, model, device, resumed)
-    if resumed.yes:
-        _broadcast_state(model, resumed.part("model"))
-    ema = Ema(model, config.train.ema_decay) if config.train.ema_decay is not None else None
-    if resumed.yes and ema is not None:
-        _broadcast_state(ema.module, resumed.part("ema"))
-    if config.train.compile if config.train.compile is not None else device.type == "cuda":
-        model.compile_blocks()
-    network = _wrap(model, config, device)
-    optimizer = make_optimizer(groups, config.optim, lr=0.0)
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    if resumed.yes:
-        _restore_optimizer(optimizer, scaler, resumed)
-    stepper = Stepper(
-        config=config,
-        model=model,
-        network=network,
-        optimizer=optimizer,
-        ema=ema,
-        scaler=scaler,
-        device=device,
-        autocast=AUTOCAST[precision],
-        clips_per_gpu=clips_per_gpu,
-        num_classes=len(data.classes),
-        mean=tuple(loaded.mean),
-        std=tuple(loaded.std),
-        class_weights=_class_weights(config, data, device),
-        world_size=distributed.world_size(),
-    )
-    return stepper, groups
-
-
 def make_rate(config: Config, steps_per_epoch: int) -> tuple[int, Callable[[int], float]]:
     """(steps of the whole run, learning rate by step)."""
     total = steps_per_epoch * config.train.epochs
@@ -329,65 +256,6 @@ def make_rate(config: Config, steps_per_epoch: int) -> tuple[int, Callable[[int]
         )
 
     return total, rate
-
-
-def _wrap(model: torch.nn.Module, config: Config, device: torch.device) -> torch.nn.Module:
-    if not distributed.active():
-        return model
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
-    network = DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{buffers: False},
-    )
-    if config.train.bf16_reduce:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        network.register_comm_hook(None, default_hooks.bf16_compress_hook)
-    return network
-
-
-def _broadcast_state(module: torch.nn.Module, state: dict[str, Any] | None) -> None:
-    """Load rank 0's state on every rank."""
-    if state is not None:
-        module.load_state_dict(state)
-    if distributed.active():
-        for tensor in module.state_dict().values():
-            torch.distributed.broadcast(tensor, src=0)
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, resumed: Resumed) -> None:
-    """The optimizer's state of rank 0 on every rank; each keeps its share where it is sharded."""
-    saved, scale = distributed.broadcast_object((resumed.part("optimizer"), resumed.part("scaler")))
-    optimizer.load_state_dict(checkpoint.snapshot(saved))  # ZeRO changes its argument
-    if scaler is not None and scale is not None:
-        scaler.load_state_dict(scale)
-
-
-def _clips_per_gpu(config: Config, model: torch.nn.Module, device: torch.device, resumed: Resumed) -> int:
-    """The micro-batch: as set, as the run had it, 8 on the CPU, or what fits on the smallest GPU."""
-    wanted = config.train.clips_per_gpu
-    if isinstance(wanted, int):
-        return wanted
-    if resumed.facts is not None:
-        return int(resumed.facts["clips_per_gpu"])
-    if device.type != "cuda":
-        return 8
-    share = math.ceil(config.train.global_batch / distributed.world_size())
-    autocast = AUTOCAST[precision_of(config, device)]
-    own = fit_clips(model, config.clip, autocast=autocast, most=share, device=device)
-    return min(distributed.all_gather_objects(own))
-
-
-def _class_weights(config: Config, data: Data, device: torch.device) -> torch.Tensor | None:
-    """Weights by inverse frequency in the training part, mean 1 over its videos; None where off."""
-    if config.train.class_weights == "none":
-        return None
-    counts = np.bincount(data.index.labels[data.split.train], minlength=len(data.classes)).clip(min=1)
-    weights = counts.sum() / (len(counts) * counts)
-    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def _best_content(

@@ -153,7 +153,8 @@ class Loop:
             where.step_in_epoch += 1
             self.pulse.step = where.step
             if not self.timeouts_short:
-                distributed.set_timeout(config.health.timeout_s)
+                for group in (None, self.agreement.group):
+                    distributed.set_timeout(config.health.timeout_s, group)
                 self.timeouts_short = True
             agreed = self._agree()
             if self._log_due():
