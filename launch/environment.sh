@@ -54,6 +54,7 @@ set_up() {
         return
     fi
     say "installing vac_ddp and what it needs (torch comes with CUDA: some gigabytes, once)"
-    "$python" -m pip install --quiet --disable-pip-version-check --no-input --progress-bar off -e '.[test]'
+    "$python" -m pip install --quiet --disable-pip-version-check --no-input --progress-bar off -e '.[test]' ||
+        fail "the installation failed: its message is above"
     wanted >.venv/installed
 }
