@@ -18,7 +18,7 @@ import torch
 from tests.frame_data import MemoryVideos, jpeg, write_video
 from tests.support import REPO, environment
 from vac_ddp.data import loader as loader_module
-from vac_ddp.data.batch import Batch, unit_rows
+from vac_ddp.data.batch import unit_rows
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import Loader, check_shared_memory, test_loader, to_device, train_loader, worker_count
@@ -210,12 +210,17 @@ def test_what_mixing_needs_goes_to_the_device_and_the_plan_stays(index: object) 
 
 
 def test_a_batch_survives_the_way_between_processes(index: object) -> None:
-    batch = TrainClips(index, np.arange(13), config(2), NOISE, 11).__getitems__([Key(0, 0, 0), Key(0, 1, 1)])
-    again = pickle.loads(pickle.dumps(batch))
-    assert isinstance(again, Batch)
-    for a, b in zip(batch.tensors(), again.tensors(), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    train = TrainClips(index, np.arange(13), config(2), NOISE, 11).__getitems__([Key(0, 0, 0), Key(0, 1, 1)])
+    test = TestViews(index, [3, 5], config().clip, ViewSettings(), tolerant=True).__getitems__([0, 1])
+    for batch in (train, test):
+        again = pickle.loads(pickle.dumps(batch))
+        assert type(again) is type(batch)
+        assert again.damage == batch.damage
+        for a, b in zip(batch.tensors(), again.tensors(), strict=True):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+        state = batch.__getstate__()
+        assert [name for name, value in state.items() if isinstance(value, torch.Tensor)] == ["clips"]
 
 
 @pytest.mark.gpu

@@ -64,14 +64,11 @@ class Batch:
         yield from self.params.values()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the clips travel through shared memory: every shared tensor costs a file descriptor."""
-        state = {**vars(self), "params": {name: value.numpy() for name, value in self.params.items()}}
-        return {name: v.numpy() if isinstance(v, Tensor) and name != "clips" else v for name, v in state.items()}
+        return {**_small_as_arrays(vars(self)), "params": {name: t.numpy() for name, t in self.params.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state["params"] = {name: torch.from_numpy(value) for name, value in state["params"].items()}
-        for name, value in state.items():
-            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+        params = {name: torch.from_numpy(array) for name, array in state["params"].items()}
+        vars(self).update({**_as_tensors(state), "params": params})
 
 
 @dataclass(kw_only=True)
@@ -109,6 +106,21 @@ class TestBatch:
     def tensors(self) -> Iterator[Tensor]:
         """All tensors."""
         yield from (value for value in vars(self).values() if isinstance(value, Tensor))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _small_as_arrays(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(_as_tensors(state))
+
+
+def _small_as_arrays(fields: dict[str, Any]) -> dict[str, Any]:
+    """What goes between processes: only the clips by shared memory, which costs a file descriptor a tensor."""
+    return {name: v.numpy() if isinstance(v, Tensor) and name != "clips" else v for name, v in fields.items()}
+
+
+def _as_tensors(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in fields.items()}
 
 
 def clip_buffer(*shape: int) -> Tensor:
