@@ -285,7 +285,8 @@ def bench(size_name: str, folder: Path, arguments: argparse.Namespace) -> dict[s
     ratios = {}
     for way, over, bar in BARS[size_name]:
         ratio = statistics.median(a / b for a, b in zip(rates[way], rates[over], strict=True))
-        ratios[f"{way} / {over}"] = {"ratio": round(ratio, 3), "bar": bar, "met": ratio >= bar}
+        best = max(rates[way]) / max(rates[over])
+        ratios[f"{way} / {over}"] = {"ratio": round(ratio, 3), "best": round(best, 3), "bar": bar, "met": ratio >= bar}
     return {
         "frame_bytes": round(mean),
         "clips_per_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
@@ -326,7 +327,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         "random resized crop in uint8 (flip, colour and normalisation are done on the device), the notebook's and the",
         "processor's in float as they are. Frames are synthetic: 1/f textures, panned, with moving objects and noise",
         "(`benchmarks/pictures.py`), JPEG quality 90, 4:2:0.",
-        "Clips a second of processor time of one thread; medians over rounds in turns.",
+        "Clips a second of processor time of one thread; medians over rounds in turns. The best rounds are those that",
+        "other work on the machine disturbed least.",
         "",
     ]
     for name, part in result["sizes"].items():
@@ -339,9 +341,10 @@ def as_markdown(result: dict[str, Any]) -> str:
         top = part["clips_per_s"][CEILING]
         for way, rate in sorted(part["clips_per_s"].items(), key=lambda item: -item[1]):
             lines.append(f"| {way} | {rate:.1f} | {16 * rate:.0f} | {rate / top:.2f} |")
-        lines += ["", "| ratio | measured | bar |", "|---|---|---|"]
+        lines += ["", "| ratio | median | best rounds | bar |", "|---|---|---|---|"]
         for ratio, found in part["ratios"].items():
-            lines.append(f"| {ratio} | {found['ratio']:.2f} | {found['bar']:g}{'' if found['met'] else ' (missed)'} |")
+            bar = f"{found['bar']:g}{'' if found['met'] else ' (missed)'}"
+            lines.append(f"| {ratio} | {found['ratio']:.2f} | {found['best']:.2f} | {bar} |")
         memory = part["worker_memory"]
         lines += [
             "",
