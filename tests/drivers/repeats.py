@@ -18,6 +18,8 @@ from vac_ddp.engine.loop import Loop, Validation
 from vac_ddp.engine.step import Stepper
 from vac_ddp.status import run_door
 
+VALIDATION_VIDEOS = 6  # of runs.Workplace
+
 
 def run(settings: config.Config, prepare: Callable[[Loop], None] | None = None) -> Loop:
     """One training, from opening to closing."""
@@ -55,7 +57,8 @@ def stops(settings: config.Config, say: Callable[..., None]) -> None:
 
         def disagree(loop: Loop, number: int = number) -> None:
             draw = random.Random(1000 * number + distributed.rank())
-            loop.validate = lambda stop: Validation(top1=draw.random(), loss=1.0, figures={"top1": 0.5})
+            logits = torch.zeros(VALIDATION_VIDEOS, 3)
+            loop.validate = lambda stop: Validation(top1=draw.random(), loss=1.0, figures={"top1": 0.5}, logits=logits)
 
         ended = run(variant(settings, dir=f"{settings.run.dir}-{number}"), disagree)
         steps = distributed.all_gather_objects(ended.position.step)
