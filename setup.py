@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-TEST = ["pytest", "hypothesis", "ruff", "torchvision", "av", "soundfile"]
+TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av", "soundfile"]
 
 setup(
     name="vac_ddp",
@@ -16,9 +16,11 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["vac_ddp", "vac_ddp.*"]),
-    package_data={"vac_ddp": ["py.typed"]},
+    packages=[*find_packages(include=["vac_ddp", "vac_ddp.*"]), "vac_ddp.configs"],
+    package_dir={"vac_ddp.configs": "configs"},  # the presets travel inside the package
+    package_data={"vac_ddp": ["py.typed"], "vac_ddp.configs": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -34,6 +36,11 @@ setup(
         "wandb",
         "submitit",
     ],
-    extras_require={"export": EXPORT, "video": ["av"], "test": TEST + EXPORT},
+    extras_require={
+        "export": EXPORT,
+        "video": ["av"],
+        "simd": ["pillow-simd"],  # only half of the way: launch/install_simd.sh has to follow
+        "test": TEST + EXPORT,
+    },
     entry_points={"console_scripts": ["vac = vac_ddp.cli:main"]},
 )

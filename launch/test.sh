@@ -4,7 +4,7 @@
 #     bash launch/test.sh
 #     bash launch/test.sh tests/test_synth.py -x
 #
-# The longer tiers: bash launch/test.sh -m fault (kills and stops real runs), -m slurm, -m gpu.
+# The longer tiers: bash launch/test.sh -m fault (kills and stops real runs), -m docs (what README and docs say), -m slurm, -m gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -20,4 +20,4 @@ if command -v shellcheck >/dev/null; then
 fi
 say "pytest"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -m "not fault and not slurm and not gpu" "$@"
+exec "$python" -m pytest -m "not fault and not docs and not slurm and not gpu" "$@"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import Any
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+PRESETS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, repository
 
 AT_LEAST_ONE = (
     "clip.frames",
@@ -139,11 +139,10 @@ def unknown_setting(name: str) -> UserError:
 
 def find_config(name: str) -> Path:
     """A YAML file by path, or a preset by name (with or without .yaml)."""
-    shipped = [REPOSITORY / "configs", Path(sys.prefix) / "share" / "vac_ddp" / "configs"]
-    for candidate in (Path(name), *(folder / f"{Path(name).name.removesuffix('.yaml')}.yaml" for folder in shipped)):
+    for candidate in (Path(name), PRESETS / f"{Path(name).name.removesuffix('.yaml')}.yaml"):
         if candidate.is_file():
             return candidate
-    presets = sorted({path.stem for folder in shipped for path in folder.glob("*.yaml")})
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     raise UserError(f"no settings file {name}; presets: {', '.join(presets) or 'none found'}")
 
 
