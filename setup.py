@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av", "soundfile"]
+TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av", "soundfile", "tensorboard"]
 
 setup(
     name="vac_ddp",
@@ -33,12 +33,13 @@ setup(
         "numpy",
         "matplotlib",
         "tqdm",
-        "wandb",
+        "wandb>=0.31",  # finish_timeout, login(prompt=False)
         "submitit",
     ],
     extras_require={
         "export": EXPORT,
         "video": ["av"],
+        "tensorboard": ["tensorboard"],
         "simd": ["pillow-simd"],  # only half of the way: launch/install_simd.sh has to follow
         "test": TEST + EXPORT,
     },

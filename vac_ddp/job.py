@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_l
 from vac_ddp.engine.signals import Agreement, StopRequest
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
-from vac_ddp.errors import Interrupted, UserError
+from vac_ddp.errors import Interrupted, UserError, exit_status
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.job_data import Data, keep_validation, make_validation, read_data
 from vac_ddp.job_model import Resumed, make_stepper, precision_of
@@ -70,6 +71,7 @@ class Job:
         """Write report.html. A run that is done is done: what goes wrong here is one line."""
         try:
             from vac_ddp.tools.report import write_report
+            from vac_ddp.tools.pictures import show_pictures
 
             kept = self.folder / VALIDATION
             views = read_views(kept) if self.loop.stopping.best is not None and kept.exists() else None
@@ -78,6 +80,8 @@ class Job:
             write_report(self.folder, views, self.folder / "report.html", index=self.data.val_index)
             self.tracker.say(f"report        {self.folder / 'report.html'}")
         except Exception as error:
+            if views is not None and self.tracker.shows_pictures:
+                show_pictures(self.tracker, views, self.data.val_index, self.loop.position.step)
             self.tracker.say(f"no report.html ({type(error).__name__}: {error}); vac report {self.folder} makes one")
 
     def facts(self) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def open_job(config: Config, device: torch.device) -> Iterator[Job]:
         if pulse is not None:
             pulse.stop()
         if tracker is not None:
-            tracker.close()
+            tracker.close(exit_status(sys.exc_info()[1]))
         if run is not None:
             run.discard()
             run.lock.release()
@@ -238,7 +242,8 @@ def _build(
     else:
         _start_fresh(config, folder, data, loaded, groups, stepper.model, tracker)
         _describe(config, loop, rate)
-    tracker.connect(settings_io.to_dict(config), folder.name, resumed.part("wandb_id"))
+    described = {**settings_io.to_dict(config), "revision": loop.facts["revision"]}
+    tracker.connect(described, folder.name, resumed.part("wandb_id"), loop.position.step)
     return Job(loop=loop, run=run, folder=folder, tracker=tracker, data=data)
 
 

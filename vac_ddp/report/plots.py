@@ -92,8 +92,11 @@ def class_bars(names: Sequence[str], recall: np.ndarray, counts: np.ndarray) -> 
         return _svg(figure)
 
 
-def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
-    """Rows: the true class, shares of its videos; columns: what they were taken for. Counts where there is room."""
+def confusion(matrix: np.ndarray, names: Sequence[str], form: str = "svg") -> bytes:
+    """Rows: the true class, shares of its videos; columns: what they were taken for. Counts where there is room.
+
+    form: svg, or png for services that show no SVG.
+    """
     size = len(names)
     shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
     side = float(np.clip(1.6 + 0.32 * size, 3.6, 9.6))
@@ -114,7 +117,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
         axis.set_ylabel("true class")
         axis.set_xlabel("predicted class")
         figure.colorbar(image, ax=axis, fraction=0.04, label="share of the true class")
-        return _svg(figure)
+        return _svg(figure) if form == "svg" else png(figure)
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 10) -> bytes:
@@ -162,6 +165,15 @@ def _number(value: Any) -> float:
 
 
 def _short(name: str, most: int = 32) -> str:
+def png(figure: Any) -> bytes:
+    """A figure as PNG, at 120 dots an inch."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
     """A name on one line, without characters that matplotlib cannot draw."""
     clean = "".join(c if c.isprintable() else " " for c in name)
     return clean if len(clean) <= most else clean[: most - 1] + "…"

@@ -6,11 +6,20 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from vac_ddp.files import read_json_lines, write_text
+import numpy as np
+
+from vac_ddp.files import read_json, read_json_lines, write_json, write_text
+from vac_ddp.report import services
 from vac_ddp.settings import LogSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COMPLETE = "wandb/complete.json"
 
 
 class Tracker:
@@ -56,12 +65,12 @@ class Tracker:
         plain = {k: (None if isinstance(v, float) and v != v else v) for k, v in figures.items()}
         self._metrics.write(json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False) + "\n")
         self._metrics.flush()
-        numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        row = _numbers(kind, figures)
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/{k}": v for k, v in numbers.items()} | {"step": step})
+            self._to_wandb(lambda: self._wandb.log(row | {"step": step}))
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> int:
         """Move the lines behind `step` to metrics.discarded.jsonl; returns how many. For a run that is resumed."""
@@ -107,49 +116,88 @@ class Tracker:
 
     # ------------------------------------------------------------ services
 
-    def connect(self, config: dict[str, Any], name: str, wandb_id: str | None) -> None:
-        """Start W&B (under the id of a resumed run) and TensorBoard. Training goes on where they cannot be had."""
+    def connect(self, config: dict[str, Any], name: str, wandb_id: str | None, step: int = 0) -> None:
+        """Start W&B (under the id of a resumed run) and TensorBoard. Training goes on where they cannot be had.
+
+        step: from which a resumed run goes on.
+        """
+        self.wandb_id = wandb_id
         if self.folder is None:
             return
         if self.settings.tensorboard:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                self._board = services.start_board(self.folder, step)
+            except services.Unavailable as error:
+                self.say(f"going on without TensorBoard: {error}")
+        if self.settings.wandb != "disabled":
+            try:
+                self._wandb = services.start_wandb(self.settings, self.folder, config, name, wandb_id)
+                self.wandb_id = self._wandb.id
+                self.say(f"W&B: {services.where_to_look(self._wandb, self.settings)}")
+                self._catch_up()
+            except services.Unavailable as error:
+                self.say(f"going on without W&B: {error}; every figure is in metrics.jsonl")
 
-                self._board = SummaryWriter(str(self.folder / "tensorboard"))
-            except ImportError:
-                self.say("TensorBoard is not installed (pip install tensorboard): its files are not written")
-        if self.settings.wandb == "disabled":
-            return
-        import wandb
+    def _catch_up(self) -> None:
+        """Send W&B the lines of metrics.jsonl that it may not have: it loses what is in its buffers when it is killed.
 
+        The lines that it surely has are counted in wandb/complete.json when a run ends in good order.
+        """
+        assert self.folder is not None, "rank 0"
+        lines, told = list(read_json_lines(self.folder / "metrics.jsonl")), self.folder / COMPLETE
+        known = read_json(told) if told.exists() else {}
+        sure = min(len(lines), known["lines"]) if known.get("id") == self.wandb_id else 0
+        write_json(told, {"id": self.wandb_id, "lines": sure})
+        for line in lines[sure:]:
+            row = _numbers(line["kind"], {k: v for k, v in line.items() if k not in ("kind", "step")})
+            self._to_wandb(lambda row=row, step=line["step"]: self._wandb.log(row | {"step": step}))
+
+    def picture(self, name: str, image: Image, step: int, caption: str = "") -> None:
+        """Show a picture in W&B and TensorBoard."""
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb(lambda: self._wandb.log({name: wandb.Image(image, caption=caption), "step": step}))
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            if caption:
+                self._board.add_text(name, caption, step)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is anybody to show them to."""
+        return self._wandb is not None or self._board is not None
+
+    def _to_wandb(self, send: Callable[[], Any]) -> None:
         try:
-            self._wandb = wandb.init(
-                project=self.settings.wandb_project,
-                name=name,
-                id=wandb_id,
-                resume="allow",
-                config=config,
-                dir=str(self.folder),
-                mode=self.settings.wandb,
-                settings=wandb.Settings(init_timeout=8, console="off"),
-            )
-            self.wandb_id = self._wandb.id
-        except (wandb.errors.Error, OSError) as error:
-            self.say(f"W&B cannot be reached, going on without it ({' '.join(str(error).split())[:120]})")
+            send()
+        except Exception as error:  # its service process may be gone: training does not end for it
+            self._wandb = None
+            self.say(f"going on without W&B: {' '.join(str(error).split())[:120]}; every figure is in metrics.jsonl")
 
     def artifact(self, path: Path) -> None:
         """Hand the best weights to W&B, where log.wandb_artifact asks for it."""
         if self._wandb is not None and self.settings.wandb_artifact and path.exists():
-            self._wandb.log_artifact(str(path), name=f"{self._wandb.id}-best", type="model")
+            name = f"{self._wandb.id}-best"
+            self._to_wandb(lambda: self._wandb.log_artifact(str(path), name=name, type="model"))
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def close(self, status: int = 0) -> None:
+        """Flush and close everything. status: the exit status that the run will have."""
         self.end_progress()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to_wandb(lambda: self._wandb.finish(exit_code=status))
+            if self._wandb is not None and self.folder is not None:
+                lines = sum(1 for _ in read_json_lines(self.folder / "metrics.jsonl"))
+                write_json(self.folder / COMPLETE, {"id": self.wandb_id, "lines": lines})
         if self._board is not None:
             self._board.close()
         for stream in (self._log, self._metrics):
             if stream is not None:
                 stream.close()
         self._log = self._metrics = None
+
+
+def _numbers(kind: str, figures: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line that are numbers, under the names that services show."""
+    good = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {f"{kind}/{name}": value for name, value in good.items()}

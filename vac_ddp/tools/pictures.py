@@ -1,0 +1,38 @@
+"""Pictures of the validation part for W&B and TensorBoard: the confusion matrix, and frames with what was predicted."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from vac_ddp.data.index import Index
+from vac_ddp.inference import evaluation, scoring
+from vac_ddp.inference.viewsfile import Views
+from vac_ddp.metrics import log_softmax
+from vac_ddp.report import plots
+from vac_ddp.report.tracker import Tracker
+from vac_ddp.tools.report import strips_of
+
+SHOWN = 8  # strips of frames
+
+
+def show_pictures(tracker: Tracker, views: Views, index: Index, step: int) -> None:
+    """Give the tracker's services the confusion matrix of labelled views and the strips of some videos.
+
+    index: holds the videos of the views by their names. step: the training step they belong to.
+    """
+    scores = scoring.average_views(views.logits)
+    found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)
+    matrix = plots.confusion(found.metrics.confusion, views.classes, "png")
+    tracker.picture("validation/confusion", Image.open(io.BytesIO(matrix)), step)
+    shares = np.exp(log_softmax(scores))
+    strip = strips_of(index)
+    wanted = np.linspace(0, len(views.ids) - 1, min(SHOWN, len(views.ids))).round().astype(int)
+    for place, video in enumerate(wanted.tolist()):
+        data = strip(views.ids[video])
+        best, true = int(shares[video].argmax()), views.classes[views.labels[video]]
+        caption = f"{views.ids[video]}: {views.classes[best]} {shares[video, best]:.2f}, is {true}"
+        if data is not None:
+            tracker.picture(f"validation/example_{place + 1}", Image.open(io.BytesIO(data)), step, caption)
