@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from vac_ddp.data.batch import Batch, TestBatch
 from vac_ddp.data.dataset import TestViews, TrainClips
+from vac_ddp.data.processes import LoaderContext
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import UserError
 from vac_ddp.settings import ClipSettings
@@ -96,7 +97,7 @@ class Loader:
                 "prefetch_factor": prefetch,
                 "persistent_workers": True,
                 "worker_init_fn": start_worker,
-                "multiprocessing_context": multiprocessing.get_context("fork"),
+                "multiprocessing_context": LoaderContext(),
             }
         self._loader = DataLoader(
             dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **extra

@@ -1,0 +1,70 @@
+"""Loader processes begin, also where a fork goes wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from vac_ddp.data import processes
+
+# The child of the first fork never leaves os.fork(), as with a lock of the interpreter that another thread had held.
+STUCK = """
+import os, sys, threading
+from vac_ddp.data import processes
+processes.FIRST_WAIT_S = 0.2
+forks = []
+os.register_at_fork(before=lambda: forks.append(1))
+os.register_at_fork(after_in_child=lambda: len(forks) <= int(sys.argv[1]) and threading.Event().wait())
+from torch.utils.data import DataLoader
+loader = DataLoader(range(6), batch_size=2, num_workers=2, multiprocessing_context=processes.LoaderContext())
+print([batch.tolist() for batch in loader], len(forks))
+"""
+
+
+def run(stuck: int) -> subprocess.CompletedProcess[str]:
+    """Load six numbers with two processes, where the first `stuck` forks do not come back."""
+    words = [sys.executable, "-c", STUCK, str(stuck)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+def test_a_child_that_is_stuck_in_the_fork_is_forked_again() -> None:
+    done = run(stuck=1)
+    assert done.stdout.split("\n")[0] == "[[0, 1], [2, 3], [4, 5]] 3", done.stderr
+
+
+def test_it_gives_up_with_a_remedy() -> None:
+    done = run(stuck=processes.TRIES)
+    assert done.returncode != 0
+    assert "did not begin in 5 tries; data.workers=0" in done.stderr
+
+
+def test_nothing_is_left_open() -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    child = processes.LoaderContext().Process(target=threading.Event)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    child.close()
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_the_loader_takes_the_context() -> None:
+    """The DataLoader wants a context of the standard library's kind; its parent is this process."""
+    context = processes.LoaderContext()
+    assert isinstance(context, multiprocessing.context.BaseContext)
+    loader = DataLoader(_Parents(), batch_size=None, num_workers=1, multiprocessing_context=context)
+    assert list(loader) == [os.getpid()]
+
+
+class _Parents:
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, place: int) -> int:
+        return os.getppid()
