@@ -7,6 +7,7 @@ its page, and what rank 0 wrote to the status file decides.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -59,6 +60,12 @@ def check_first(argv: list[str]) -> None:
         open_index(command.config.data.val, labelled=True, settings=command.config.data, classes=index.classes)
 
 
+def _shutdown_timeout(launch_config: type) -> dict[str, int]:
+    """The time that ranks get to save, where this torch can be told: 2.11 cannot, and kills after 30 s."""
+    known = {field.name for field in dataclasses.fields(launch_config)}
+    return {"shutdown_timeout": SAVE_TIME_S} if "shutdown_timeout" in known else {}
+
+
 def run_ranks(module: str, argv: list[str], ranks: int) -> int:
     """Run `python -m module argv` on `ranks` ranks of this machine; its exit status, told by its status file."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -80,7 +87,7 @@ def run_ranks(module: str, argv: list[str], ranks: int) -> int:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             signals_to_handle=SIGNALS,
-            shutdown_timeout=SAVE_TIME_S,
+            **_shutdown_timeout(LaunchConfig),
         )
         failed: BaseException | None = None
         try:
