@@ -129,9 +129,10 @@ class Sums(nn.Module):
         return torch.stack([clips.double().sum((1, 2, 3, 4)), (clips * weights).sum((1, 2, 3, 4))], 1).float()
 
 
+@pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 100])
-def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: bool) -> None:
+def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: bool, pad: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     clips = [torch.randint(0, 256, (c, 2, 4, 4, 3), generator=rng, dtype=torch.uint8) for c in (3, 3, 3, 3, 3)]
     decoded = [True, True, False, True, True]
@@ -154,12 +155,15 @@ def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: b
         std=(1 / 255,) * 3,
         flip=flip,
         clips_per_gpu=at_once,
+        pad=pad,
     )
     found = list(scored_videos(scorer, [(batch, i) for i, batch in enumerate(batches)]))
     assert [(v.video, v.damaged) for v in found] == [(10 + i, i) for i in range(5)]
     assert max(model.passes) <= at_once
     views = 2 if flip else 1
-    if at_once % views == 0:
+    if pad and at_once % views == 0:
+        assert set(model.passes) == {at_once}  # the last one is filled up
+    elif at_once % views == 0:
         full = min(at_once, 12 * views)  # clips of different videos share a pass: only the last one is short
         assert set(model.passes[:-1]) <= {full}
     alone = Sums()

@@ -85,8 +85,10 @@ def run(tmp_path: Path) -> Path:
             writer.writerow([name, CLASSES[labels[i]], f"s{i // 8}", "val" if i >= 32 else "train"])
     lines = [
         {"kind": "train", "step": s, "lr": 1e-3, "grad_norm": 1.0, "clips_per_s": s, "data_wait": 0.1}
+        | {"mfu": 0.1 * s, "memory_gib": 4.0 - s}
         for s in (1, 2, 3)
     ]
+    lines += [{"kind": "speed", "step": 4, "training": 9.0, "wait": 1.0, "forward": 2.0, "saving": 3.0}]
     lines += [
         {"kind": "epoch", "step": 4 * e, "epoch": e, "train_loss": 1 / e, "train_accuracy": 0.5, "val_loss": 2 / e}
         | {"val_top1": 0.1 * e, "best": True}
@@ -153,6 +155,9 @@ def test_figures_are_those_of_the_files(run: Path) -> None:
         in page.text
     )
     assert "median 2.5 clips/s" in page.text
+    assert "25.0 % of the FLOP/s" in page.text
+    assert "at most 2.00 GiB" in page.text
+    assert "seconds until step 4: training 9.0 (wait 1.0, forward 2.0), saving 3.0" in page.text
     assert "step 3: non-finite, steps [3]" in page.text
     assert "<s>hub</s>" in page.text
     wrong = np.flatnonzero(~correct)

@@ -180,7 +180,7 @@ def _build(
     if not resumed.yes:
         for line in loaded.report.lines():
             tracker.say(line)
-    stepper, groups = make_stepper(config, device, data, loaded, resumed)
+    stepper, groups, meters = make_stepper(config, device, data, loaded, resumed, tracker.say)
     sampler = StepSampler(
         data.split.train,
         seed=config.seed,
@@ -234,6 +234,7 @@ def _build(
         agreement=Agreement(distributed.control_group(timeout_s=config.health.start_timeout_s)),
         stopping=Stopping(patience=config.train.patience),
         pulse=pulse,
+        meters=meters,
     )
     if len(data.split.val):
         loop.validate = make_validation(config, data, stepper, loop, workers, loaders)
@@ -324,6 +325,7 @@ def _describe(config: Config, loop: Loop, rate: Callable[[int], float]) -> None:
         f"global batch {config.train.global_batch} = {world} rank{'s' if world > 1 else ''} x "
         f"{stepper.clips_per_gpu} clips x {accumulation}; peak lr {peak:.3g}"
     )
+    say(loop.meters.start_line())
     say(f"{loop.epochs} epochs of {loop.steps_per_epoch} steps, {loop.total_steps} steps in all")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from vac_ddp import distributed
 from vac_ddp.engine import checkpoint
 from vac_ddp.engine.ema import Ema
 from vac_ddp.engine.fit import fit_clips
+from vac_ddp.engine.meters import Meters, clip_flops, matmul_rate
 from vac_ddp.engine.optim import Group, make_groups, make_optimizer
 from vac_ddp.engine.step import Stepper
+from vac_ddp.errors import UserError
 from vac_ddp.job_data import Data
 from vac_ddp.models import Loaded
-from vac_ddp.settings import Config
+from vac_ddp.settings import ClipSettings, Config
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -51,8 +54,8 @@ class Resumed:
 
 
 def make_stepper(
-    config: Config, device: torch.device, data: Data, loaded: Loaded, resumed: Resumed
-) -> tuple[Stepper, list[Group]]:
+    config: Config, device: torch.device, data: Data, loaded: Loaded, resumed: Resumed, say: Callable[[str], None]
+) -> tuple[Stepper, list[Group], Meters]:
     """The model on its device, compiled and wrapped as set, with average, optimizer and scaler, restored if resumed."""
     model = loaded.model.to(device)
     precision = precision_of(config, device)
@@ -64,8 +67,15 @@ def make_stepper(
     ema = Ema(model, config.train.ema_decay) if config.train.ema_decay is not None else None
     if resumed.yes and ema is not None:
         _broadcast_state(ema.module, resumed.part("ema"))
-    if config.train.compile if config.train.compile is not None else device.type == "cuda":
-        model.compile_blocks()
+    flops, matmul = clip_flops(model, config.clip), matmul_rate(device, AUTOCAST[precision])
+    compile_if_it_works(
+        model,
+        lambda: train_pass(model, config.clip, clips_per_gpu, device, AUTOCAST[precision]),
+        setting="train.compile",
+        wanted=config.train.compile,
+        default=device.type == "cuda",
+        say=say,
+    )
     network = _wrap(model, config, device)
     optimizer = make_optimizer(groups, config.optim, lr=0.0)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
@@ -87,7 +97,58 @@ def make_stepper(
         class_weights=_class_weights(config, data, device),
         world_size=distributed.world_size(),
     )
-    return stepper, groups
+    meters = Meters(
+        device=device, world_size=distributed.world_size(), flops_per_clip=flops and flops[1], matmul=matmul
+    )
+    return stepper, groups, meters
+
+
+def compile_if_it_works(
+    model: torch.nn.Module,
+    first_pass: Callable[[], None],
+    *,
+    setting: str,
+    wanted: bool | None,
+    default: bool,
+    say: Callable[[str], None],
+) -> bool:
+    """Compile the blocks of a model where it is `wanted`, or `default` where nothing is said; whether they are.
+
+    first_pass: runs the model at the size that counts, so that this size gets kernels of its own. Where nobody asked
+    for it and that fails on any rank, all ranks go on without, and the reason is said; where it was asked for,
+    UserError. To be called before DDP is built.
+    """
+    if not (wanted if wanted is not None else default):
+        return False
+    model.compile_blocks()
+    reason = None
+    try:
+        first_pass()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a dozen kinds: no compiler, no Triton, an operation that it does not know
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    model.zero_grad(set_to_none=True)
+    reasons = [told for told in distributed.all_gather_objects(reason) if told]
+    if not reasons:
+        return True
+    if wanted:
+        raise UserError(f"{setting}=true, but the blocks cannot be compiled ({reasons[0]}); set {setting}=false")
+    for module in model.modules():
+        module._compiled_call_impl = None
+    say(f"compile off: {reasons[0]}")
+    return False
+
+
+def train_pass(
+    model: torch.nn.Module, clip: ClipSettings, clips: int, device: torch.device, autocast: torch.dtype | None
+) -> None:
+    """A forward and backward pass of clips of zeros."""
+    pixels = torch.zeros(clips, clip.frames, 3, clip.size, clip.size, device=device)
+    noise = torch.full((clips, model.noise_size), 0.5, device=device)
+    with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = model(pixels, noise).float().sum() * 0.0
+    loss.backward()
 
 
 def _wrap(model: torch.nn.Module, config: Config, device: torch.device) -> torch.nn.Module:

@@ -25,17 +25,18 @@ from vac_ddp.engine.lock import RunLock
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.inference import evaluation, scoring, submission
-from vac_ddp.inference.forward import Scorer
+from vac_ddp.inference.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
 from vac_ddp.inference.parts import FOLDER
 from vac_ddp.inference.run import Done, Task, predict_views
 from vac_ddp.inference.views import video_costs, view_table
 from vac_ddp.inference.viewsfile import ViewsHead, read_views
-from vac_ddp.job import precision_of
+from vac_ddp.job_model import AUTOCAST, compile_if_it_works, precision_of
 from vac_ddp.models import load_model
 from vac_ddp.models.sources import Source
 from vac_ddp.settings import Config
 
 NAMED = 5
+WORTH_TRYING = 2000  # clips of a rank: half a minute of compiling and trying sizes is a small part of their time
 
 
 def say(text: str) -> None:
@@ -183,17 +184,19 @@ def score(
     precision = task.head.about["settings"]["precision"]
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     views = config.predict.views
+    scorer = Scorer(
+        model=loaded.model.to(device).eval(),
+        device=device,
+        autocast=AUTOCAST[precision],
+        mean=tuple(loaded.mean),
+        std=tuple(loaded.std),
+        flip=views.flip,
+        clips_per_gpu=config.predict.clips_per_gpu,
+    )
+    prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     return predict_views(
         task,
-        Scorer(
-            model=loaded.model.to(device).eval(),
-            device=device,
-            autocast={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision],
-            mean=tuple(loaded.mean),
-            std=tuple(loaded.std),
-            flip=views.flip,
-            clips_per_gpu=config.predict.clips_per_gpu,
-        ),
+        scorer,
         TestViews(
             index,
             np.arange(len(index)),
@@ -210,6 +213,21 @@ def score(
         stop=lambda: bool(stop()),
         say=say,
         progress=_show_progress if distributed.is_main() and sys.stderr.isatty() else lambda done, total: None,
+    )
+
+
+def prepare(scorer: Scorer, config: Config, clips: int) -> None:
+    """Compile the model and find the size of a pass, where so many `clips` of this rank are worth it."""
+    most = clips if clips >= WORTH_TRYING else 0
+    scorer.clips_per_gpu = pass_size(scorer, config.clip, most=most) if most else scorer.clips_per_gpu
+    size = scorer.clips_per_gpu if isinstance(scorer.clips_per_gpu, int) else AUTO_CLIPS[scorer.device.type]
+    scorer.pad = compile_if_it_works(
+        scorer.model,
+        lambda: first_pass(scorer, config.clip, size),
+        setting="predict.compile",
+        wanted=config.predict.compile,
+        default=scorer.device.type == "cuda" and clips >= WORTH_TRYING,
+        say=say,
     )
 
 

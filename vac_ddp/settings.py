@@ -209,7 +209,8 @@ class PredictSettings:
     """How a test folder is predicted."""
 
     views: ViewSettings = field(default_factory=ViewSettings, metadata={"help": "views of a test video"})
-    clips_per_gpu: int | str = setting("auto", "clips of one forward pass on one rank")
+    clips_per_gpu: int | str = setting("auto", "clips of one forward pass on one rank; auto: what is fastest and fits")
+    compile: bool | None = setting(None, "compile the blocks; default: on CUDA, for 2000 clips and more")
     save_every: int = setting(50, "videos between saves of what is done, a rank")
     answer: Literal["name", "index"] = setting("name", "class column of submission.csv: class names, or their numbers")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vac_ddp import distributed
-from vac_ddp.engine.step import StepRecord
+from vac_ddp.engine.step import StepRecord, phases, seconds_between
 from vac_ddp.errors import UserError
 
 BEAT_S = 1.0
@@ -32,14 +32,17 @@ class Summary:
     bad_steps: list[int]
     bad_samples: dict[int, list[int]]
     busy_s: list[float]
+    phases: dict[str, float]
+    memory_gib: float
 
 
-def summarise(records: list[StepRecord], device: torch.device) -> Summary:
+def summarise(records: list[StepRecord], device: torch.device, memory_gib: float = 0.0) -> Summary:
     """Read the records of all ranks: the one place where the host waits for the device. Every rank must call it.
 
     loss: mean of the finite samples' losses; accuracy: share of them whose largest target is on top; norm: the last
     step's gradient norm; bad_samples: samples with a non-finite loss, by rank; busy_s: seconds each rank had worked
-    before it began to wait for the others.
+    before it began to wait for the others; phases: seconds of this rank (`step.phases`); memory_gib: the most of any
+    rank's `memory_gib`.
     """
     losses = torch.cat([x for r in records for x in r.losses] or [torch.zeros(0, device=device)]).double().cpu()
     correct = torch.cat([x for r in records for x in r.correct] or [torch.zeros(0, device=device)]).double().cpu()
@@ -52,10 +55,15 @@ def summarise(records: list[StepRecord], device: torch.device) -> Summary:
         "finite": int(finite.sum()),
         "samples": len(losses),
         "bad": samples[~finite].tolist(),
-        "busy": sum(_seconds(*r.busy) for r in records),
+        "busy": sum(seconds_between(*r.busy) for r in records),
+        "memory": memory_gib,
     }
     everyone: list[dict[str, Any]] = distributed.all_gather_objects(own)
     total = max(1, sum(o["finite"] for o in everyone))
+    spent: dict[str, float] = {}
+    for record in records:
+        for name, seconds in phases(record).items():
+            spent[name] = spent.get(name, 0.0) + seconds
     return Summary(
         loss=sum(o["loss"] for o in everyone) / total,
         accuracy=sum(o["correct"] for o in everyone) / total,
@@ -66,11 +74,9 @@ def summarise(records: list[StepRecord], device: torch.device) -> Summary:
         bad_steps=[r.step for r, bad in zip(records, found.tolist(), strict=True) if bad],
         bad_samples={rank: o["bad"] for rank, o in enumerate(everyone) if o["bad"]},
         busy_s=[o["busy"] for o in everyone],
+        phases=spent,
+        memory_gib=max(o["memory"] for o in everyone),
     )
-
-
-def _seconds(begin: Any, end: Any) -> float:
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000.0
 
 
 def describe_bad(summary: Summary) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ import torch
 from vac_ddp import distributed
 from vac_ddp.data.loader import Batch
 from vac_ddp.engine import checkpoint, health
+from vac_ddp.engine.meters import Meters, collected_by_hand, peak_memory
 from vac_ddp.engine.signals import Agreed, Agreement, StopRequest, signal_name
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
@@ -30,10 +32,10 @@ class Tracker(Protocol):
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """A line for programs."""
 
-    def progress(self, phase: str, total: int, done: int = 0) -> None:
+    def progress(self, phase: str, total: int, done: int = 0, *, unit: str = "clips") -> None:
         """Begin a bar."""
 
-    def advance(self, **shown: float) -> None:
+    def advance(self, count: int = 1, **shown: float) -> None:
         """Move the bar."""
 
     def end_progress(self) -> None:
@@ -73,6 +75,23 @@ class Tally:
         return {f"{prefix}loss": self.loss / self.samples, f"{prefix}accuracy": self.correct / self.samples}
 
 
+TABLE = "  epoch    step  train loss    acc  val loss    acc  clips/s     time"
+
+
+def table_row(entry: dict[str, Any], epochs: int, step: int, clips_per_s: float, seconds: float) -> str:
+    """The line of an epoch under `TABLE`, below 80 columns: figures of an entry of metrics.jsonl, time of the epoch."""
+    number = f"{entry['epoch']}/{epochs}"
+    cells = [f"{number:>7}", f"{step:>7}"]
+    for loss, accuracy, width in (("train_loss", "train_accuracy", 10), ("val_loss", "val_top1", 8)):
+        known = loss in entry
+        cells.append(f"{entry[loss]:>{width}.4f}" if known else " " * width)
+        cells.append(f"{entry[accuracy]:>5.3f}" if known else " " * 5)
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return "  ".join(cells) + f"  {clips_per_s:>7.4g}  {clock:>7}"
+
+
 @dataclass(kw_only=True)
 class Validation:
     """Figures of the validation part, the same on every rank; its logits (V, K) float32 on rank 0 only."""
@@ -106,10 +125,16 @@ class Loop:
     agreement: Agreement
     stopping: Stopping
     pulse: health.Pulse
+    meters: Meters
     position: Position = field(default_factory=Position)
     last_save: float = field(default_factory=time.monotonic)
     bad_in_row: int = 0
     save_failed: bool = False
+    said_speed: bool = False
+    said_table: bool = False
+    said_damaged: int = 0
+    epoch_began: float = field(default_factory=time.perf_counter)
+    epoch_clips_per_s: float = 0.0
     timeouts_short: bool = False
     since_line: Tally = field(default_factory=Tally)
     since_epoch: Tally = field(default_factory=Tally)
@@ -120,21 +145,30 @@ class Loop:
         """Train to the end. Raises Interrupted after saving where somebody asked to stop."""
         where = self.position
         self.stepper.warm_up()
-        if where.validation_due:
-            self._end_epoch()
-        # A run that was stopped right after its last step has that epoch to end.
-        while (where.step < self.total_steps or where.step_in_epoch) and not where.stopped_early:
-            self._epoch()
-            self._end_epoch()
-        self._join_save()
+        with collected_by_hand():
+            if where.validation_due:
+                self._end_epoch()
+            # A run that was stopped right after its last step has that epoch to end.
+            while (where.step < self.total_steps or where.step_in_epoch) and not where.stopped_early:
+                self._epoch()
+                self._end_epoch()
+                gc.collect()
+        with self.meters.phase("saving"):
+            self._join_save()
+        self._say_speed()
+        self.tracker.write("speed", where.step, **self.meters.seconds)
         distributed.raise_together(None)
 
     def _epoch(self) -> None:
         where, config = self.position, self.stepper.config
-        self.tracker.progress(f"epoch {where.epoch + 1}/{self.epochs}", self.steps_per_epoch, where.step_in_epoch)
+        clips = [self.samples_of_step(step) for step in range(self.steps_per_epoch)]
+        clips = clips[: where.step_in_epoch + self.total_steps - where.step]
+        done = sum(clips[: where.step_in_epoch])
+        self.tracker.progress(f"epoch {where.epoch + 1}/{self.epochs}", sum(clips), done)
         loads = self.loader(where.epoch, where.step_in_epoch)
-        mark = time.perf_counter()
+        mark = self.epoch_began = time.perf_counter()
         waited = 0.0
+        self.stepper.last_end = None
         while where.step_in_epoch < self.steps_per_epoch and where.step < self.total_steps:
             began = time.perf_counter()
             batches = [next(loads) for _ in range(self.loads_of_step(where.step_in_epoch))]
@@ -158,17 +192,18 @@ class Loop:
                 self.timeouts_short = True
             agreed = self._agree()
             if self._log_due():
-                self._log(time.perf_counter() - mark, waited)
-                mark, waited = time.perf_counter(), 0.0
+                mark, waited = self._log(mark, waited), 0.0
             else:
                 if self._health_due():
                     self._read_records()
-                self.tracker.advance()
+                self.tracker.advance(clips[where.step_in_epoch - 1])
             every = config.health.checksum_every
             if every and where.step % every == 0:
                 health.check_same_weights(self.stepper.model, where.step)
             self._answer(agreed)
         self._read_records()
+        self.meters.spend(time.perf_counter() - mark, waited)
+        self.epoch_clips_per_s = (sum(clips) - done) / (time.perf_counter() - self.epoch_began)
         where.epoch += 1
         where.step_in_epoch = 0
         where.validation_due = True
@@ -235,10 +270,13 @@ class Loop:
         """Long gaps between lines must not hide that steps are skipped."""
         return len(self.stepper.records) >= self.stepper.config.health.max_bad_steps
 
-    def _log(self, seconds: float, waited: float) -> None:
+    def _log(self, mark: float, waited: float) -> float:
+        """Write the line of the steps since `mark`; returns the mark of the next one."""
         where = self.position
         summary = self._read_records()
         assert summary is not None, "a line is due after a step"
+        now = time.perf_counter()  # only now is the device done with them
+        self.meters.spend(now - mark, waited)
         means = self.since_line.means()
         self.tracker.write(
             "train",
@@ -247,11 +285,11 @@ class Loop:
             **means,
             lr=summary.lr,
             grad_norm=summary.norm,
-            clips_per_s=summary.samples / max(seconds, 1e-9),
-            data_wait=waited / max(seconds, 1e-9),
+            **self.meters.line(),
         )
         self.since_line = Tally()
-        self.tracker.advance(**means)
+        self.tracker.advance(self.samples_of_step(where.step_in_epoch - 1), **means)
+        return now
 
     def _read_records(self) -> health.Summary | None:
         """Take what the last steps left on the devices into the tallies, and look after the health of all ranks."""
@@ -259,7 +297,8 @@ class Loop:
         if not records:
             return None
         self.stepper.records.clear()
-        summary = health.summarise(records, self.stepper.device)
+        summary = health.summarise(records, self.stepper.device, peak_memory(self.stepper.device))
+        self.meters.take(summary)
         self.since_line.add(summary)
         self.since_epoch.add(summary)
         if summary.bad_steps:
@@ -289,7 +328,8 @@ class Loop:
         best = False
         validation = None
         if self.validate is not None and (last or where.epoch % config.train.val_every == 0):
-            validation = self.validate(self._stop_now)
+            with self.meters.phase("validation"):
+                validation = self.validate(self._stop_now)
             if validation is None:
                 self._interrupt(self._stop_number)
             assert validation is not None
@@ -302,6 +342,8 @@ class Loop:
             best = True
         where.validation_due = False
         self._say_epoch(validation, best)
+        if not self.said_speed:
+            self._say_speed()
         if where.stopped_early:
             self.tracker.say(f"no better validation accuracy for {self.stopping.since_best} validations: ending early")
         self.save(best=(self.best_path, validation) if best else None)
@@ -313,19 +355,28 @@ class Loop:
     def _say_epoch(self, validation: Validation | None, best: bool) -> None:
         where = self.position
         damaged = sum(distributed.all_gather_objects(self.damaged()))
-        parts = [f"epoch {where.epoch:>3}/{self.epochs}", f"step {where.step:>5}"]
         entry: dict[str, Any] = {"epoch": where.epoch, **self.since_epoch.means("train_")}
-        if self.since_epoch.samples:
-            parts.append(f"train loss {entry['train_loss']:.4f} acc {entry['train_accuracy']:.3f}")
         if validation is not None:
             entry |= {f"val_{name}": value for name, value in validation.figures.items()}
-            parts.append(f"val loss {validation.loss:.4f} acc {validation.top1:.3f}")
         if damaged:
             entry["damaged_frames"] = damaged
-            parts.append(f"{damaged} damaged frames")
-        self.tracker.say("  ".join(parts) + ("  best" if best and validation is not None else ""))
+        if not self.said_table:
+            self.tracker.say(TABLE)
+            self.said_table = True
+        took = time.perf_counter() - self.epoch_began
+        row = table_row(entry, self.epochs, where.step, self.epoch_clips_per_s, took)
+        self.tracker.say(row + ("  best" if best and validation is not None else ""))
+        if damaged > self.said_damaged:
+            self.said_damaged = damaged
+            self.tracker.say(f"  {damaged} damaged frames so far; log.txt and logs/ name them")
         self.tracker.write("epoch", where.step, **entry, best=best)
         self.since_epoch = Tally()
+
+    def _say_speed(self) -> None:
+        """The speed so far, after the first epoch and at the end."""
+        self.said_speed = True
+        if line := self.meters.end_line():
+            self.tracker.say(f"speed         {line}")
 
     # ------------------------------------------------------------ saving
 
@@ -361,6 +412,10 @@ class Loop:
 
     def save(self, best: tuple[Path, Validation | None] | None = None) -> None:
         """Snapshot on all ranks, write in the background on rank 0."""
+        with self.meters.phase("saving"):
+            self._save(best)
+
+    def _save(self, best: tuple[Path, Validation | None] | None) -> None:
         failed = self._join_save()
         if failed:
             self._save_has_failed()

@@ -8,6 +8,7 @@ reduced in the last micro-batch; a rank without samples takes part with weight z
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -46,6 +47,23 @@ class StepRecord:
     found_inf: torch.Tensor
     lr: float
     busy: tuple[Any, Any]
+    marks: list[tuple[str, Any]]  # what had ended and when, from the end of the step before (see `phases`)
+
+
+def phases(record: StepRecord) -> dict[str, float]:
+    """Seconds of a step by phase: idle (since the step before), prepare, forward, backward, optimizer.
+
+    On CUDA of the device, which must have come to the step's end: the host was done long before.
+    """
+    spent: dict[str, float] = {}
+    for (_, begin), (name, end) in itertools.pairwise(record.marks):
+        spent[name] = spent.get(name, 0.0) + seconds_between(begin, end)
+    return spent
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds between two times of the host, or two CUDA events that have happened."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000.0
 
 
 @dataclass(kw_only=True)
@@ -67,6 +85,7 @@ class Stepper:
     class_weights: torch.Tensor | None
     world_size: int
     records: deque[StepRecord] = field(default_factory=deque)
+    last_end: Any = None  # when the step before ended; None: something else than waiting for data came between
 
     def prepare(self, batch: Batch) -> Prepared:
         """Augment, normalise and mix a load on the device; soft targets."""
@@ -123,8 +142,10 @@ class Stepper:
             found_inf=torch.zeros(()),
             lr=lr,
             busy=(began, began),
+            marks=[] if self.last_end is None else [("", self.last_end)],
         )
         start = self._now(began)
+        record.marks.append(("idle", self._now()))
         pieces = [
             (number, first) for number, b in enumerate(batches) for first in range(0, len(b.clips), self.clips_per_gpu)
         ]
@@ -132,17 +153,23 @@ class Stepper:
         for count, (number, first) in enumerate(pieces, start=1):
             if prepared is None or prepared[0] != number:
                 prepared = (number, self.prepare(batches[number]))
+                record.marks.append(("prepare", self._now()))
             rows = slice(first, first + self.clips_per_gpu)
             with self._reducing(count == len(pieces)):
                 loss = self._forward_piece(prepared[1], rows, record) * (self.world_size / samples)
+                record.marks.append(("forward", self._now()))
                 if count == len(pieces):
-                    record.busy = (start, self._now())
+                    record.busy = (start, record.marks[-1][1])
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                record.marks.append(("backward", self._now()))
         if not pieces:  # a rank without samples
             loss = self.zero_weight_pass()
             record.busy = (start, self._now())
             loss.backward()
+            record.marks.append(("backward", self._now()))
         self._update(record)
+        self.last_end = self._now()
+        record.marks.append(("optimizer", self.last_end))
         self.records.append(record)
 
     def _forward_piece(self, load: Prepared, rows: slice, record: StepRecord) -> torch.Tensor:

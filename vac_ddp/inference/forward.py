@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 from vac_ddp.data.augment import normalise
 from vac_ddp.data.loader import TestBatch
 from vac_ddp.errors import UserError
+from vac_ddp.settings import ClipSettings
 
+WORTH_DOUBLING = 0.98  # of the time a clip takes: a larger pass must bring at least that
 AUTO_CLIPS = {"cpu": 8, "cuda": 64}  # a GPU that cannot hold them gets half as many until it can
 
 
 @dataclass(kw_only=True)
 class Scorer:
-    """The model and how clips go through it."""
+    """The model and how clips go through it.
+
+    pad: fill the last, short pass with zeros, because a compiled model would be compiled again for its size.
+    """
 
     model: nn.Module
     device: torch.device
@@ -28,6 +34,48 @@ class Scorer:
     std: tuple[float, ...]
     flip: bool
     clips_per_gpu: int | str
+    pad: bool = False
+
+
+def pass_size(scorer: Scorer, clip: ClipSettings, *, most: int) -> int:
+    """The clips of a pass: as set, or on a GPU as many as fit, up to `most`, while more of them take less time each.
+
+    Doubled from the usual size; each size is run twice with clips of zeros, and the second run counts.
+    """
+    if isinstance(scorer.clips_per_gpu, int):
+        return scorer.clips_per_gpu
+    size = AUTO_CLIPS[scorer.device.type]
+    if scorer.device.type != "cuda" or most <= size:
+        return size
+    good, before = size, float("inf")
+    while size <= most:
+        try:
+            seconds = _pass_seconds(scorer, clip, size)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            torch.cuda.empty_cache()
+        if seconds / size > WORTH_DOUBLING * before:
+            break
+        good, before, size = size, seconds / size, 2 * size
+    return good
+
+
+def first_pass(scorer: Scorer, clip: ClipSettings, size: int) -> None:
+    """One pass of clips of zeros."""
+    zeros = torch.zeros(size, clip.frames, clip.size, clip.size, 3, dtype=torch.uint8, device=scorer.device)
+    _Stream(scorer, size).pass_(zeros)
+
+
+def _pass_seconds(scorer: Scorer, clip: ClipSettings, size: int) -> float:
+    seconds = 0.0
+    for _ in range(2):
+        torch.cuda.synchronize(scorer.device)
+        start = time.perf_counter()
+        first_pass(scorer, clip, size)
+        torch.cuda.synchronize(scorer.device)
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 @dataclass(kw_only=True)
@@ -131,7 +179,7 @@ class _Stream:
         """Float32 logits (B, K) of clips (B, T, S, S, 3) uint8; halves the pass where the GPU is too small for it."""
         while True:
             try:
-                return torch.cat([self._pass(part) for part in clips.split(self.size)])
+                return torch.cat([self.pass_(part) for part in clips.split(self.size)])
             except torch.OutOfMemoryError:
                 if self.scorer.clips_per_gpu != "auto" or self.size == 1:
                     raise UserError(
@@ -142,12 +190,16 @@ class _Stream:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _pass(self, clips: Tensor) -> Tensor:
-        scorer = self.scorer
+    def pass_(self, clips: Tensor) -> Tensor:
+        """Logits (B, K) float32 on the device of at most `size` clips (B, T, S, S, 3) uint8."""
+        scorer, count = self.scorer, len(clips)
+        full = self.size // self.views * self.views
+        if scorer.pad and count < full:
+            clips = torch.cat([clips, clips.new_zeros(full - count, *clips.shape[1:])])
         pixels = normalise(clips, scorer.mean, scorer.std, torch.float32)
         enabled = scorer.autocast is not None
         with torch.autocast(scorer.device.type, dtype=scorer.autocast or torch.bfloat16, enabled=enabled):
-            return scorer.model(pixels).float()
+            return scorer.model(pixels).float()[:count]
 
     def _collect(self, *, keep: int) -> None:
         while len(self._under_way) > (keep if self.scorer.device.type == "cuda" else 0):

@@ -62,14 +62,19 @@ def curves(epochs: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) ->
 
 
 def throughput(steps: Sequence[dict[str, Any]]) -> bytes:
-    """Clips a second, and the share of the time in which rank 0 waited for data, over steps."""
+    """Clips a second, and the share of the time in which rank 0 waited for data, over steps; utilisation if known."""
     with _style():
         figure, (speed, wait) = _figure(9.6, 2.6, 1, 2)
         number = [row["step"] for row in steps]
         speed.plot(number, [_number(row.get("clips_per_s")) for row in steps], color=TRAIN)
         speed.set_title("clips a second, all ranks")
-        wait.plot(number, [100 * _number(row.get("data_wait")) for row in steps], color=VAL)
+        wait.plot(number, [100 * _number(row.get("data_wait")) for row in steps], color=VAL, label="waiting for data")
         wait.set_title("waiting for data, % of the time")
+        if any(row.get("mfu") for row in steps):
+            used = [100 * _number(row.get("mfu")) for row in steps]
+            wait.plot(number, used, "--", color=TRAIN, label="of the matrix product's FLOP/s")
+            wait.set_title("% of the time, % of the FLOP/s")
+            wait.legend()
         wait.set_ylim(0, 100)
         for axis in (speed, wait):
             axis.set_xlabel("step")
@@ -160,11 +165,6 @@ def _svg(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _short(name: str, most: int = 32) -> str:
 def png(figure: Any) -> bytes:
     """A figure as PNG, at 120 dots an inch."""
     buffer = io.BytesIO()
@@ -174,6 +174,11 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _short(name: str, most: int = 32) -> str:
     """A name on one line, without characters that matplotlib cannot draw."""
     clean = "".join(c if c.isprintable() else " " for c in name)
     return clean if len(clean) <= most else clean[: most - 1] + "…"

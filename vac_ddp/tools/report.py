@@ -191,7 +191,7 @@ def gather(run: Path, views: Views | None, strip: Strip, *, note: str = "") -> h
         val_counts=[counts["val"][name] for name in classes],
         audit=audit_lines(rows),
         load=_load_lines(run),
-        speed=speed_lines(steps),
+        speed=speed_lines(steps, [line for line in lines if line.get("kind") == "speed"]),
         settings=(run / "config.yaml").read_text(encoding="utf-8"),
         validation=None if views is None else validation_of(views, strip),
         note=note,
@@ -241,14 +241,32 @@ def _load_lines(run: Path) -> list[str]:
     return shown
 
 
-def speed_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
-    """Median speed and waiting of a run, its first line left out: it holds the start."""
+def speed_lines(steps: Sequence[dict[str, Any]], ends: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Medians of a run's speed, waiting, utilisation and memory, the first line left out: it holds the start.
+
+    ends: what was written at the end of each of its parts: seconds by phase.
+    """
     later = [line for line in steps[1:] if line.get("clips_per_s")]
     if not later:
         return []
-    speed = float(np.median([line["clips_per_s"] for line in later]))
-    wait = float(np.median([line.get("data_wait") or 0.0 for line in later]))
-    return [f"median {speed:.1f} clips/s over all ranks; rank 0 waited {100 * wait:.1f} % of the time for data"]
+
+    def median(name: str) -> float:
+        return float(np.median([line.get(name) or 0.0 for line in later]))
+
+    found = [
+        f"median {median('clips_per_s'):.1f} clips/s over all ranks; rank 0 waited {100 * median('data_wait'):.1f} % "
+        "of the time for data"
+    ]
+    if any(line.get("mfu") for line in later):
+        found.append(f"{100 * median('mfu'):.1f} % of the FLOP/s of a large matrix product, measured at the start")
+    if any(line.get("memory_gib") for line in later):
+        found.append(f"at most {max(line.get('memory_gib') or 0.0 for line in later):.2f} GiB on a rank")
+    for end in ends:
+        inside = ("wait", "prepare", "forward", "backward", "optimizer")
+        spent = ", ".join(f"{name} {end[name]:.1f}" for name in inside if name in end)
+        rest = "".join(f", {name} {end[name]:.1f}" for name in ("validation", "saving") if name in end)
+        found.append(f"seconds until step {end.get('step')}: training {end.get('training', 0.0):.1f} ({spent}){rest}")
+    return found
 
 
 def validation_of(views: Views, strip: Strip) -> html.Validation:

@@ -1,0 +1,208 @@
+"""The meters of a run, against known numbers, formulas and a clock; compiling that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import Workplace
+from vac_ddp.engine import meters
+from vac_ddp.engine.health import Summary
+from vac_ddp.engine.step import StepRecord, phases
+from vac_ddp.errors import UserError
+from vac_ddp.job_model import compile_if_it_works, train_pass
+from vac_ddp.models import build_model
+from vac_ddp.settings import ClipSettings, ModelSettings
+
+CPU = torch.device("cpu")
+SMALL = ClipSettings(frames=4, size=32)
+GIGA = 1e9
+
+
+def small(**options: object) -> torch.nn.Module:
+    return build_model(ModelSettings(weights=None, width=32, depth=3, heads=2, **options), SMALL, 5)
+
+
+def test_videomae_base_costs_what_a_counter_of_its_own_said() -> None:
+    """360.7 GFLOP forward, 1078 with the backward pass, counted on the official model's shape."""
+    model = build_model(ModelSettings(weights=None, size="base"), ClipSettings(), 400)
+    forward, whole = meters.clip_flops(model, ClipSettings())
+    assert forward / GIGA == pytest.approx(360.7, abs=0.05)
+    assert whole / GIGA == pytest.approx(1078, abs=0.5)
+
+
+def test_flops_are_those_of_the_formula_whatever_is_computed_again() -> None:
+    tokens, width, depth, classes = 2 * 2 * 2, 32, 3, 5
+    block = 2 * tokens * (3 + 1 + 8) * width**2 + 2 * 2 * tokens**2 * width
+    embed, head = 2 * tokens * 3 * 2 * 16 * 16 * width, 2 * width * classes
+    for options in ({}, {"drop_path": 0.2, "head_dropout": 0.5}):
+        model = small(**options)
+        model.checkpointing = 2
+        forward, whole = meters.clip_flops(model, SMALL)
+        assert forward == depth * block + embed + head
+        assert whole == 3 * forward - embed  # nobody asks for the gradient of the pixels
+        assert model.checkpointing == 2
+        assert not torch.isnan(torch.cat([p.flatten() for p in model.parameters()])).any()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.depth_of(name) >= 3)
+    frozen = meters.clip_flops(model, SMALL)[1]
+    assert frozen == forward + 2 * block + 2 * head
+
+
+def test_a_matrix_product_has_the_rate_of_a_clock() -> None:
+    before = torch.get_rng_state()
+    rate = meters.matmul_rate(CPU, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    a = torch.randn(768, 768)
+    a @ a
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    assert 0.1 < rate / (2 * 768**3 / min(times)) < 10
+
+
+def summary(samples: int, phases: dict[str, float], memory: float = 1.0) -> Summary:
+    return Summary(
+        loss=0.0,
+        accuracy=0.0,
+        samples=samples,
+        finite=samples,
+        norm=0.0,
+        lr=0.0,
+        bad_steps=[],
+        bad_samples={},
+        busy_s=[0.0],
+        phases=phases,
+        memory_gib=memory,
+    )
+
+
+def test_a_line_is_of_all_steps_since_the_last_one() -> None:
+    """Counters that were read in between, and the end of an epoch, count with the time that they took."""
+    found = meters.Meters(device=CPU, world_size=2, flops_per_clip=3e9, matmul=6e9)
+    found.take(summary(20, {"idle": 0.5, "forward": 1.0}))
+    found.take(summary(10, {"idle": 0.25, "forward": 0.5}, memory=2.0))
+    found.spend(3.0, 0.6)
+    found.take(summary(30, {"idle": 0.25}))
+    found.spend(2.0, 0.4)
+    line = found.line()
+    assert line["clips_per_s"] == pytest.approx(60 / 5)
+    assert line["data_wait"] == pytest.approx(1.0 / 5)
+    assert line["mfu"] == pytest.approx(12 * 3e9 / (2 * 6e9))
+    assert (line["idle_s"], line["forward_s"], line["memory_gib"]) == (1.0, 1.5, 2.0)
+    found.take(summary(8, {"idle": 0.0}))
+    found.spend(1.0, 0.0)
+    assert found.line()["clips_per_s"] == pytest.approx(8)
+    assert found.seconds["training"] == pytest.approx(6.0)
+    assert "8 clips/s" in found.end_line() and "200 % of the matmul" in found.end_line()  # the first line is the start
+    with found.phase("saving"):
+        pass
+    assert "saving" in found.seconds
+
+
+def test_a_gpu_that_is_behind_does_not_notice_that_the_host_waits() -> None:
+    found = meters.Meters(device=torch.device("cuda"), world_size=1)
+    found.take(summary(10, {"idle": 0.1}))
+    found.spend(1.0, 0.9)
+    assert found.line()["data_wait"] == pytest.approx(0.1)
+
+
+def test_phases_lie_between_their_marks() -> None:
+    marks = [("", 1.0), ("idle", 1.5), ("prepare", 1.6), ("forward", 2.0), ("backward", 3.0), ("forward", 3.5)]
+    none = torch.zeros(())
+    record = StepRecord(
+        step=0, samples=[], losses=[], correct=[], norm=none, found_inf=none, lr=0.0, busy=(0.0, 0.0), marks=marks
+    )
+    found = phases(record)
+    assert found == pytest.approx({"idle": 0.5, "prepare": 0.1, "forward": 0.9, "backward": 1.0})
+
+
+def test_garbage_is_collected_by_hand_inside_and_by_itself_after() -> None:
+    assert gc.isenabled()
+    with contextlib.suppress(KeyError), meters.collected_by_hand():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        raise KeyError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_says_how_fast_it_was(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    done = place.train("run", "log.every_steps=3", "health.max_bad_steps=2", "train.epochs=2", ranks=1)
+    assert done.returncode == 0, done.stderr
+    lines = place.lines("run", "train")
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    whole = 0.0
+    for line in lines:
+        parts = [line[f"{name}_s"] for name in ("idle", "prepare", "forward", "backward", "optimizer")]
+        assert min(parts) >= 0 and line["mfu"] > 0 and 0 <= line["data_wait"] <= 1 and line["memory_gib"] > 0.1
+        whole += sum(parts)
+    (spent,) = place.lines("run", "speed")
+    assert whole <= spent["training"] * 1.001
+    clips = sum(line["clips_per_s"] for line in lines)
+    assert math.isfinite(clips) and 42 / spent["training"] > 0
+    log = (place.folder / "run" / "log.txt").read_text()
+    assert "GFLOP a clip: no more than" in log and log.count("speed    ") == 2 and "validation" in log
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def compiled(model: torch.nn.Module, wanted: bool | None, *, default: bool, said: list[str]) -> bool:
+    return compile_if_it_works(
+        model,
+        lambda: train_pass(model, SMALL, 2, CPU, None),
+        setting="train.compile",
+        wanted=wanted,
+        default=default,
+        say=said.append,
+    )
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which the compiler has no back end that works."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler\nwas found")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fails)
+
+
+def test_compiling_that_fails_is_off_with_its_reason(broken: None) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"train\.compile=true, .* no working C\+\+ compiler was found"):
+        compiled(small(), True, default=False, said=said)
+    assert said == []
+    model, clips = small(), torch.randn(2, 4, 3, 32, 32)
+    expected = model(clips)
+    assert not compiled(model, None, default=True, said=said)
+    assert len(said) == 1 and said[0].startswith("compile off: ") and "no working C++ compiler was found" in said[0]
+    assert torch.equal(model(clips), expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for wanted, default in ((None, False), (False, True)):
+        assert not compiled(small(), wanted, default=default, said=said)
+    assert len(said) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="extra test: needs a CUDA device")
+def test_on_a_gpu_the_blocks_are_compiled_and_the_meters_count_events(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    done = place.python("-m", "vac_ddp.train", *place.arguments("run"), CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 0, done.stderr
+    assert "compile off" not in done.stdout
+    for line in place.lines("run", "train"):
+        assert 0 <= line["data_wait"] <= 1 and 0 < line["mfu"] < 1 and line["memory_gib"] > 0
