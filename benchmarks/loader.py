@@ -119,29 +119,30 @@ def in_batches(make: Callable[[int], torch.Tensor], load: int) -> Callable[[int]
     return timed(lambda i: default_collate([make(load * i + j) for j in range(load)]), clips=load)
 
 
-def notebook_way(clips: list[Clip], size: int, load: int, *, jitter: bool) -> Callable[[int], float]:
+def notebook_clip(paths: list[str], size: int, draw: random.Random, *, jitter: bool) -> torch.Tensor:
     """PIL, ToTensor, then in float: shrink by 0.8 to 1, crop, resize, flip, change colours, normalise each frame.
 
-    jitter: the changes of brightness, contrast and saturation, each in three clips of ten.
+    jitter: the changes of brightness, contrast and saturation, each in three clips of ten. Returns (T, 3, S, S).
     """
+    frames = torch.stack([tv.to_tensor(Image.open(p).convert("RGB")) for p in paths])
+    scale = draw.uniform(0.8, 1.0)
+    height, width = (int(side * scale) for side in frames.shape[-2:])
+    frames = tv.resize(frames, [height, width])
+    top, left = draw.randint(0, max(0, height - size)), draw.randint(0, max(0, width - size))
+    frames = tv.crop(frames, top, left, min(size, height), min(size, width))
+    frames = tv.resize(frames, [size, size])
+    if draw.random() < 0.5:
+        frames = tv.hflip(frames)
+    for change in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation) if jitter else ():
+        if draw.random() < 0.3:
+            frames = change(frames, draw.uniform(0.9, 1.1))
+    return torch.stack([tv.normalize(frame, [0.5] * 3, [0.5] * 3) for frame in frames])
+
+
+def notebook_way(clips: list[Clip], size: int, load: int, *, jitter: bool) -> Callable[[int], float]:
+    """Whole load batches of the notebook's clips."""
     draw = random.Random(0)
-
-    def make(i: int) -> torch.Tensor:
-        frames = torch.stack([tv.to_tensor(Image.open(p).convert("RGB")) for p in clips[i % len(clips)].paths])
-        scale = draw.uniform(0.8, 1.0)
-        height, width = (int(side * scale) for side in frames.shape[-2:])
-        frames = tv.resize(frames, [height, width])
-        top, left = draw.randint(0, max(0, height - size)), draw.randint(0, max(0, width - size))
-        frames = tv.crop(frames, top, left, min(size, height), min(size, width))
-        frames = tv.resize(frames, [size, size])
-        if draw.random() < 0.5:
-            frames = tv.hflip(frames)
-        for change in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation) if jitter else ():
-            if draw.random() < 0.3:
-                frames = change(frames, draw.uniform(0.9, 1.1))
-        return torch.stack([tv.normalize(frame, [0.5] * 3, [0.5] * 3) for frame in frames])
-
-    return in_batches(make, load)
+    return in_batches(lambda i: notebook_clip(clips[i % len(clips)].paths, size, draw, jitter=jitter), load)
 
 
 def processor_way(clips: list[Clip], size: int, load: int) -> Callable[[int], float]:

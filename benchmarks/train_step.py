@@ -1,0 +1,417 @@
+"""Clips a second of training, against Hugging Face's Trainer and the notebook's loop, on the same frames.
+
+    python -m benchmarks.train_step              # on the CPU: small models, medians and ratios over rounds
+    python -m benchmarks.train_step --gpu        # VideoMAE-B 16x224 on a GPU, one long round
+    python -m benchmarks.train_step --dry        # every piece, in a minute or two
+
+Three tables. In memory: the same batch again and again, so model, loss and optimizer alone. With loader: JPEG files of
+320x240, loader processes, everything. Profile: where the time of a step goes in a whole run (`job.open_job`: agreement,
+log, checks and all) whose data are ready. Exit status 3 where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.common import (
+    CLASSES,
+    SMALL,
+    TINY,
+    Ours,
+    Stopwatch,
+    about_line,
+    arguments,
+    device_of,
+    keys_of,
+    machine,
+    make_frames,
+    our_training,
+    ratio,
+    settings_for,
+    table,
+    training_set,
+    write,
+)
+from benchmarks.loader import planned_clips
+from vac_ddp import config as settings_io
+from vac_ddp import distributed, job
+from vac_ddp.data.batch import Batch
+from vac_ddp.data.index import Index
+from vac_ddp.data.loader import to_device, train_loader
+from vac_ddp.data.sampler import StepSampler
+from vac_ddp.errors import DONE, FINDINGS
+from vac_ddp.settings import Config
+
+OURS, EAGER = "vac_ddp", "vac_ddp, not compiled"
+HF, HF_COMPILED, EXAMPLE = "HF Trainer, best settings", "HF Trainer, torch_compile", "HF Trainer, documented example"
+NOTEBOOK = "the notebook's loop"
+
+
+def gpu_batch(clips: int, size: int, frames: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A float batch in the device's memory, for the peers."""
+    return {
+        "pixel_values": torch.randn(clips, frames, 3, size, size, device=device),
+        "labels": torch.arange(clips, device=device) % len(CLASSES),
+    }
+
+
+def our_memory(ours: Ours, batch: Batch, watch: Stopwatch) -> float:
+    """Our steps on one batch in the device's memory, augmentation and normalisation included."""
+    while True:
+        ours.step([batch], watch.steps)
+        if not watch.tick(len(batch)):
+            return watch.rate
+
+
+def our_loading(ours: Ours, index: Index, config: Config, watch: Stopwatch, *, workers: int) -> tuple[float, float]:
+    """Our steps on files; (clips/s, share of the time that the device waited for data)."""
+    dataset = training_set(index, config, ours.stepper.model.noise_size)
+    sampler = StepSampler(
+        dataset.videos.repeat(64),
+        seed=0,
+        global_batch=config.train.global_batch,
+        clips_per_gpu=ours.stepper.clips_per_gpu,
+        rank=0,
+        world=1,
+    )
+    loader = train_loader(dataset, sampler, workers=workers, pin=watch.device.type == "cuda")
+    waited, epoch, going = 0.0, 0, True
+    idle: list[Any] = []
+    ours.stepper.last_end = None
+    while going:
+        sampler.set_epoch(epoch)
+        epoch += 1
+        loads = to_device(loader, watch.device)
+        while going:
+            asked = time.perf_counter()
+            batch = next(loads, None)
+            if batch is None:
+                break
+            if watch.steps >= watch.warm:
+                waited += time.perf_counter() - asked
+            ours.step([batch], watch.steps)
+            if watch.steps >= watch.warm:
+                idle.append(ours.stepper.records[-1].marks[:2])
+            going = watch.tick(len(batch))
+    loader.close()
+    if watch.device.type == "cuda":
+        waited = min(waited, sum(a[1].elapsed_time(b[1]) / 1000 for a, b in idle if a[0] == ""))
+    return watch.rate, waited / watch.took
+
+
+def in_memory(options: Any, device: torch.device, index: Index) -> dict[str, Any]:
+    """Every way on a batch in memory."""
+    frames, size, clips = options.frames, options.size, options.clips
+    config = settings_for(options.sizes, frames=frames, size=size, clips=clips, compile=False)
+    ours = our_training(config, device)
+    batch = training_set(index, config, ours.stepper.model.noise_size).__getitems__(keys_of(index, clips)).to(device)
+    theirs = peers.hf_model(ours.stepper.model).to(device)
+    check_same(ours, theirs, device)
+    floats = gpu_batch(clips, size, frames, device)
+    common: dict[str, Any] = {"clips": clips, "planned": None, "size": size, "batch": floats}
+    ways: dict[str, Callable[[Stopwatch], float]] = {
+        EAGER: lambda watch: our_memory(ours, batch, watch),
+        HF: lambda watch: peers.hf_trainer(theirs, watch, **common),
+        NOTEBOOK: lambda watch: peers.notebook_loop(theirs, watch, **common),
+    }
+    if options.compile:
+        quick = settings_for(options.sizes, frames=frames, size=size, clips=clips, compile=True)
+        compiled = our_training(quick, device)
+        other = peers.hf_model(ours.stepper.model).to(device)
+        ways = {
+            OURS: lambda watch: our_memory(compiled, batch, watch),
+            **ways,
+            HF_COMPILED: lambda watch: peers.hf_trainer(other, watch, compile=True, **common),
+        }
+    found = in_turns(ways, options, device)
+    meters = ours.meters
+    return {
+        **found,
+        "flops_per_clip": meters.flops_per_clip,
+        "matmul": meters.matmul,
+        "mfu": {name: max(r) * meters.flops_per_clip / meters.matmul for name, r in found["rounds"].items()},
+    }
+
+
+def with_loader(options: Any, device: torch.device, index: Index) -> dict[str, Any]:
+    """Every way from JPEG files."""
+    frames, size, clips = options.frames, options.loader_size, options.clips
+    config = settings_for(options.loader_sizes, frames=frames, size=size, clips=clips, compile=options.compile)
+    config.data.prefetch = 4
+    ours = our_training(config, device)
+    planned = planned_clips(training_set(index, config, 0), keys_of(index, 8 * len(index)), (240, 320))
+    theirs = peers.hf_model(ours.stepper.model)
+    waits: list[float] = []
+
+    def run_ours(watch: Stopwatch) -> float:
+        rate, wait = our_loading(ours, index, config, watch, workers=options.workers)
+        waits.append(wait)
+        return rate
+
+    def fresh() -> torch.nn.Module:
+        model = peers.hf_model(ours.stepper.model) if device.type == "cuda" else theirs
+        return model.to(device)
+
+    common: dict[str, Any] = {"clips": clips, "planned": planned, "size": size}
+    few: dict[str, Any] = {**common, "clips": min(8, clips)}
+    ways: dict[str, Callable[[Stopwatch], float]] = {
+        OURS: run_ours,
+        HF: lambda watch: peers.hf_trainer(fresh(), watch, workers=options.workers, **common),
+        EXAMPLE: lambda watch: peers.hf_trainer(fresh(), watch, best=False, **few),
+        NOTEBOOK: lambda watch: peers.notebook_loop(fresh(), watch, workers=options.notebook_workers, **few),
+    }
+    if options.compile:
+        ways[HF_COMPILED] = lambda watch: peers.hf_trainer(
+            fresh(), watch, workers=options.workers, compile=True, **common
+        )
+    found = in_turns(ways, options, device)
+    meters = ours.meters
+    return {
+        **found,
+        "data_wait": min(waits),
+        "mfu": {name: max(r) * meters.flops_per_clip / meters.matmul for name, r in found["rounds"].items()},
+    }
+
+
+def in_turns(ways: dict[str, Callable[[Stopwatch], float]], options: Any, device: torch.device) -> dict[str, Any]:
+    """Clips a second of every way in every round, in changing order."""
+    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(options.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            watch = Stopwatch(device, seconds=options.seconds, warm=options.warm)
+            rounds[name].append(ways[name](watch))
+            print(f"  {name}: {rounds[name][-1]:.2f} clips/s", file=sys.stderr, flush=True)
+    return {"rounds": {name: [round(rate, 2) for rate in rates] for name, rates in rounds.items()}}
+
+
+@torch.no_grad()
+def check_same(ours: Ours, theirs: torch.nn.Module, device: torch.device) -> None:
+    """The peer computes the same function: otherwise the comparison means nothing."""
+    model = ours.stepper.model
+    clips = torch.randn(2, model.arch.frames, 3, *model.arch.image, device=device)
+    mine, other = model.eval()(clips), theirs.eval()(pixel_values=clips).logits
+    model.train()
+    difference = float((mine - other).abs().max() / mine.abs().max())
+    assert difference < 1e-2, f"the peer's logits differ by {difference:.2g} of the largest"
+
+
+# ---------------------------------------------------------------- the profile
+
+
+def profile(options: Any, device: torch.device, folder: Path, index: Index) -> dict[str, Any]:
+    """Shares of the time of a whole run whose data are ready, and the operations that took most of it."""
+    root = next(folder.glob("frames*"))
+    words = [f"model.{name}={value}" for name, value in options.sizes.items()]
+    words += [
+        f"data.train={root}",
+        f"run.dir={folder / 'run'}",
+        f"data.cache={folder / 'cache'}",
+        "data.val_fraction=0",
+    ]
+    words += ["model.weights=null", f"clip.frames={options.frames}", f"clip.size={options.size}", "data.workers=0"]
+    words += [f"train.global_batch={options.clips}", f"train.clips_per_gpu={options.clips}", "data.group_by=none"]
+    words += [f"train.max_steps={options.profile_steps}", "optim.lr=1e-5", "log.every_steps=10", "run.overwrite=true"]
+    words += [f"train.epochs={10 * options.profile_steps}", f"train.compile={str(options.compile).lower()}"]
+    settings = settings_io.parse(words, program="train_step", about="").config
+    distributed.start(device, timeout_s=120)
+    with job.open_job(settings, device) as opened:
+        loop = opened.loop
+        dataset = training_set(index, settings, loop.stepper.model.noise_size)
+        batch = dataset.__getitems__(keys_of(index, options.clips)).to(device)
+        loop.steps_per_epoch = options.profile_steps
+        loop.samples_of_step = lambda _: options.clips
+        loop.loads_of_step = lambda _: 1
+
+        def ready(epoch: int, start: int) -> Iterator[Batch]:
+            return repeat(batch)
+
+        loop.loader = ready
+        lines: list[dict[str, Any]] = []
+        note = loop.tracker.write
+
+        def keep(kind: str, step: int, **figures: Any) -> None:
+            if kind == "train":
+                lines.append(figures)
+            note(kind, step, **figures)
+
+        loop.tracker.write = keep  # type: ignore[method-assign]
+        loop.run()
+        names = ("idle", "prepare", "forward", "backward", "optimizer")
+        later = lines[1:] or lines  # the first line holds the start
+        seconds = {name: sum(line[f"{name}_s"] for line in later) for name in names}
+        whole = options.clips * 10 * sum(1 / line["clips_per_s"] for line in later)
+        seconds["the rest"] = max(0.0, whole - sum(seconds.values()))
+        top = operations(lambda: loop.stepper.run([batch], step=0, samples=len(batch), lr=1e-5, began=0.0), device)
+    outside = sum(seconds[name] for name in ("idle", "prepare", "the rest"))
+    return {
+        "ms_a_step": 1000 * whole / (10 * len(later)),
+        "shares": {name: took / whole for name, took in seconds.items()},
+        "outside": outside / whole,
+        "operations": top,
+    }
+
+
+def operations(step: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:
+    """The operations that took most of three steps, by torch.profiler."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profiler(activities=kinds) as found:
+        for _ in range(3):
+            step()
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    return [{"name": e.key[:70], "share": getattr(e, key) / total, "calls": e.count / 3} for e in events[:14]]
+
+
+# ---------------------------------------------------------------- bars and tables
+
+
+def bars(result: dict[str, Any], options: Any) -> list[dict[str, Any]]:
+    """What had to be reached, and what was."""
+    rows = []
+
+    def add(what: str, found: float, bar: float, *, most: bool = False) -> None:
+        met = found <= bar if most else found >= bar
+        rows.append({"what": what, "found": round(found, 4), "bar": f"{'<=' if most else '>='} {bar:g}", "met": met})
+
+    memory, loading = result["memory"], result["loader"]
+
+    def add_ratio(part: dict[str, Any], where: str, way: str, over: str, bar: float) -> None:
+        if way in part["rounds"] and over in part["rounds"]:
+            kept = ratio(part["rounds"], way, over)
+            rows.append(
+                {
+                    "what": f"{where}: {way} / {over}",
+                    "found": kept["median"],
+                    "best": kept["best"],
+                    "bar": f">= {bar:g}",
+                }
+                | {"met": max(kept.values()) >= bar}
+            )
+
+    if options.gpu:
+        best = max((HF, HF_COMPILED), key=lambda name: max(memory["rounds"].get(name, [0.0])))
+        add("share of the matmul peak, with loader", loading["mfu"][OURS], 0.45)
+        add("waiting for data", loading["data_wait"], 0.02, most=True)
+        add_ratio(memory, "in memory", OURS, best, 1.25)
+        best = max((HF, HF_COMPILED), key=lambda name: max(loading["rounds"].get(name, [0.0])))
+        for over, bar in ((best, 1.3), (EXAMPLE, 2.0), (NOTEBOOK, 3.0)):
+            add_ratio(loading, "with loader", OURS, over, bar)
+    else:
+        add_ratio(memory, "in memory", EAGER, HF, 1.0)
+        add_ratio(memory, "in memory", OURS, HF_COMPILED, 1.0)
+        add_ratio(loading, "with loader", OURS, HF, 1.0)
+        add_ratio(loading, "with loader", OURS, NOTEBOOK, 4.0)
+    add("time of a step outside forward, backward and optimizer", result["profile"]["outside"], 0.03, most=True)
+    return rows
+
+
+def as_lines(result: dict[str, Any], options: Any, command: str) -> list[str]:
+    """The tables for people."""
+    lines = ["# Training", "", about_line(command, result["about"]), ""]
+    lines += table(
+        ["what", "found", "best rounds", "bar"],
+        [
+            [b["what"], b["found"], b.get("best", ""), b["bar"] + ("" if b["met"] else " (missed)")]
+            for b in result["bars"]
+        ],
+    )
+    sizes = ", ".join(f"{name} {value}" for name, value in options.sizes.items())
+    loaded = ", ".join(f"{name} {value}" for name, value in options.loader_sizes.items())
+    matmul, flops = result["memory"]["matmul"], result["memory"]["flops_per_clip"]
+    for part, title in (
+        ("memory", f"In memory: {sizes}, {options.frames} frames of {options.size}, batches of {options.clips}"),
+        (
+            "loader",
+            f"With loader: {loaded}, {options.frames} frames of {options.loader_size} from JPEGs of 320x240, "
+            f"{options.workers} loader process(es)",
+        ),
+    ):
+        lines += [f"## {title}", ""]
+        rates = result[part]["rounds"]
+        rows = [
+            [n, f"{sorted(r)[len(r) // 2]:.1f}", f"{max(r):.1f}", f"{result[part]['mfu'][n]:.3f}"]
+            for n, r in rates.items()
+        ]
+        lines += table(
+            ["way", "clips/s, median", "best round", "of the matmul"], sorted(rows, key=lambda r: -float(r[1]))
+        )
+    lines += [
+        f"A matrix product reached {matmul / 1e12:.4g} TFLOP/s in this run; a clip of the first table costs "
+        f"{flops / 1e9:.4g} GFLOP forward and backward. Waiting for data with the loader: "
+        f"{100 * result['loader']['data_wait']:.1f} %.",
+        "",
+        "## Where the time of a step goes",
+        "",
+        f"A whole run whose data are ready (the first table's model), {result['profile']['ms_a_step']:.1f} ms a step.",
+        "",
+    ]
+    lines += table(["phase", "share"], [[n, f"{100 * s:.2f} %"] for n, s in result["profile"]["shares"].items()])
+    lines += table(
+        ["operation (torch.profiler, own time)", "share", "calls a step"],
+        [[f"`{o['name']}`", f"{100 * o['share']:.1f} %", f"{o['calls']:.0f}"] for o in result["profile"]["operations"]],
+    )
+    return lines
+
+
+def choose(argv: list[str] | None) -> Any:
+    """Options with the sizes that go with them."""
+    parser = arguments("train_step", __doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="VideoMAE-B, 16 frames of 224")
+    parser.add_argument("--rounds", type=int, help="turns")
+    parser.add_argument("--workers", type=int, help="loader processes")
+    parser.add_argument("--clips", type=int, help="clips of a batch")
+    parser.add_argument("--compile", action="store_true", help="on the CPU as well")
+    options = parser.parse_args(argv)
+    options.compile |= options.gpu
+    small = options.dry or not options.gpu
+    options.sizes = dict(SMALL) if small else {"size": "base"}
+    options.loader_sizes = dict(TINY) if small else {"size": "base"}
+    options.frames, options.size, options.loader_size = (16, 112, 112) if small else (16, 224, 224)
+    options.clips = options.clips or (4 if small else 32)
+    options.warm = 3 if small else 8
+    options.rounds = options.rounds or (1 if options.gpu else 5)
+    options.seconds = options.seconds or (4.0 if small else 15.0)
+    options.profile_steps = 40
+    options.workers = options.workers or (1 if small else 16)
+    options.notebook_workers = 1 if small else 4
+    if options.dry:
+        options.rounds, options.seconds, options.warm, options.profile_steps = 1, 0.1, 2, 20
+        options.sizes |= {"depth": 2, "width": 32, "heads": 2}
+        options.clips, options.size, options.loader_size, options.workers = 4, 32, 32, 1
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = choose(argv)
+    device = device_of()
+    command = " ".join(["train_step", *(sys.argv[1:] if argv is None else argv)])
+    result: dict[str, Any] = {"about": machine(device)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        videos = 4 if options.dry else 12 if not options.gpu else 32
+        index = make_frames(folder, videos=videos, frames=24 if options.dry else 48)
+        result["memory"] = in_memory(options, device, index)
+        result["loader"] = with_loader(options, device, index)
+        result["profile"] = profile(options, device, folder, index)
+    result["bars"] = bars(result, options)
+    name = "train_gpu" if device.type == "cuda" else "train_cpu"
+    write(options.out, name, result, as_lines(result, options, command), dry=options.dry)
+    return DONE if options.dry or all(bar["met"] for bar in result["bars"]) else FINDINGS
+
+
+if __name__ == "__main__":
+    sys.exit(main())
