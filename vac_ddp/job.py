@@ -65,13 +65,13 @@ class Job:
         self.tracker.say(f"log, figures  {self.folder / 'log.txt'}, {self.folder / 'metrics.jsonl'}")
         if report and distributed.is_main():
             self._report()
-        self.tracker.say(f"next          vac predict --run {self.folder} --data data_test")
+        self.tracker.say(f"next          vac predict --run {self.folder} --data data_test", fit=False)
 
     def _report(self) -> None:
         """Write report.html. A run that is done is done: what goes wrong here is one line."""
         try:
-            from vac_ddp.tools.report import write_report
             from vac_ddp.tools.pictures import show_pictures
+            from vac_ddp.tools.report import write_report
 
             kept = self.folder / VALIDATION
             views = read_views(kept) if self.loop.stopping.best is not None and kept.exists() else None
@@ -79,9 +79,9 @@ class Job:
                 views = None
             write_report(self.folder, views, self.folder / "report.html", index=self.data.val_index)
             self.tracker.say(f"report        {self.folder / 'report.html'}")
-        except Exception as error:
             if views is not None and self.tracker.shows_pictures:
                 show_pictures(self.tracker, views, self.data.val_index, self.loop.position.step)
+        except Exception as error:
             self.tracker.say(f"no report.html ({type(error).__name__}: {error}); vac report {self.folder} makes one")
 
     def facts(self) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def _start_fresh(
     mirrored = flip_guard(data.classes) if config.augment.flip > 0 else []
     if mirrored:
         tracker.say(f"left and right may make these classes: {', '.join(mirrored[:6])}; consider augment.flip=0")
-    tracker.say(group_table(groups, model))
+    tracker.note(group_table(groups, model))
 
     def write() -> None:
         copies = config.checkpoint.keep + 2

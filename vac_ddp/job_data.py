@@ -122,7 +122,7 @@ def make_validation(
     labels = data.val_index.labels[videos]
 
     def validate(stop: Callable[[], bool]) -> Validation | None:
-        loop.tracker.progress("validation", rounds)
+        loop.tracker.progress("validation", len(places), unit="videos")
         logits, stopped = video_logits(
             stepper.model if stepper.ema is None else stepper.ema.module,
             to_device(loader, stepper.device),

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from vac_ddp.inference.viewsfile import ViewsHead, read_views
 from vac_ddp.job_model import AUTOCAST, compile_if_it_works, precision_of
 from vac_ddp.models import load_model
 from vac_ddp.models.sources import Source
+from vac_ddp.report.terminal import start_bar
 from vac_ddp.settings import Config
 
 NAMED = 5
@@ -212,7 +214,7 @@ def score(
         overwrite=overwrite,
         stop=lambda: bool(stop()),
         say=say,
-        progress=_show_progress if distributed.is_main() and sys.stderr.isatty() else lambda done, total: None,
+        progress=_bar() if distributed.is_main() and sys.stderr.isatty() else lambda done, total: None,
     )
 
 
@@ -231,9 +233,18 @@ def prepare(scorer: Scorer, config: Config, clips: int) -> None:
     )
 
 
-def _show_progress(done: int, total: int) -> None:
-    """Rank 0's videos, on a line of a terminal that is written over and gone at the end."""
-    print(f"\r{done} of {total} videos" if done < total else "\r\033[K", end="", file=sys.stderr, flush=True)
+def _bar() -> Callable[[int, int], None]:
+    """Shows how many of rank 0's videos are done, on a line of a terminal that is gone at the end."""
+    bars: list[Any] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(start_bar("predicting", total, unit="videos"))
+        bars[0].update(done - bars[0].n)
+        if done >= total:
+            bars[0].close()
+
+    return show
 
 
 def say_how(done: Done, task: Task) -> None:

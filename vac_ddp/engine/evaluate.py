@@ -34,7 +34,7 @@ def video_logits(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     stop: Callable[[], bool],
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
     damage: Callable[[list[str]], None],
 ) -> tuple[torch.Tensor | None, bool]:
     """Mean logits of the views of every video, on rank 0: ((total, K) float32 or None, whether it was stopped).
@@ -54,7 +54,7 @@ def video_logits(
             if batch is None:
                 continue
             damage(batch.damage)
-            advance()
+            advance(len(batch.places))
             parts = []
             for clips in batch.clips.flatten(0, 1).split(clips_per_gpu):
                 pixels = normalise(clips, mean, std, torch.float32)

@@ -75,7 +75,7 @@ class Tally:
         return {f"{prefix}loss": self.loss / self.samples, f"{prefix}accuracy": self.correct / self.samples}
 
 
-TABLE = "  epoch    step  train loss    acc  val loss    acc  clips/s     time"
+TABLE = "  epoch     step  train loss    acc  val loss    acc  clips/s     time"
 
 
 def table_row(entry: dict[str, Any], epochs: int, step: int, clips_per_s: float, seconds: float) -> str:

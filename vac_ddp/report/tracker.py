@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 
 from vac_ddp.files import read_json, read_json_lines, write_json, write_text
 from vac_ddp.report import services
+from vac_ddp.report.terminal import fitted, start_bar
 from vac_ddp.settings import LogSettings
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ COMPLETE = "wandb/complete.json"
 class Tracker:
     """Writes for rank 0; on the other ranks every call does nothing but `say` with `everywhere=True`.
 
+    These go to logs/rank-<rank>.txt, and to the console where it is no terminal: that belongs to rank 0 alone.
     metrics.jsonl is whole lines of JSON objects with `kind` (train, val, event), `step` and figures.
     """
 
@@ -34,28 +37,42 @@ class Tracker:
         self._log: TextIO | None = None
         self._metrics: TextIO | None = None
         self._bar: Any = None
+        self._shown = ""
         self._wandb: Any = None
         self._board: Any = None
         self.wandb_id: str | None = None
         if self.folder is not None:
             self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
             self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        elif folder is not None:
+            self._log = _rank_log(folder / "logs" / f"rank-{rank}.txt")
+            self.note(f"host {platform.node()}, process {os.getpid()}")
 
     # ------------------------------------------------------------ lines
 
-    def say(self, text: str, *, everywhere: bool = False) -> None:
-        """One line for people. Rank 0's goes to the log file as well; other ranks speak only where asked to."""
+    def say(self, text: str, *, everywhere: bool = False, fit: bool = True) -> None:
+        """One line for people. Rank 0's goes to the log file as well; other ranks speak only where asked to.
+
+        fit: break it between words where a terminal is narrower; not for commands, which people copy.
+        """
         if self.rank != 0:
             if everywhere:
-                print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+                self.note(text)
+                if self._log is None or not sys.stderr.isatty():
+                    print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
             return
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)
+        print(fitted(text) if fit and sys.stdout.isatty() else text, flush=True)
         if self._bar is not None:
             self._bar.refresh()
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Lines for this rank's log file alone."""
         if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            who = f"rank {self.rank}: " if self.rank else ""
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {who}{text}\n")
             self._log.flush()
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
@@ -92,21 +109,22 @@ class Tracker:
 
     # ------------------------------------------------------------ progress
 
-    def progress(self, phase: str, total: int, done: int = 0) -> None:
-        """Begin the progress bar of a phase, on a terminal and on rank 0 only."""
+    def progress(self, phase: str, total: int, done: int = 0, *, unit: str = "clips") -> None:
+        """Begin the progress bar of a phase of `total` units, on a terminal and on rank 0 only."""
         self.end_progress()
         wanted = self.settings.progress if self.settings.progress is not None else sys.stderr.isatty()
         if self.rank == 0 and wanted:
-            from tqdm import tqdm
+            self._bar = start_bar(phase, total, done, unit)
+            if unit == "clips":
+                self._bar.set_postfix_str(self._shown)  # what the epoch before ended with, until there is news
 
-            self._bar = tqdm(total=total, initial=done, desc=phase, leave=False, dynamic_ncols=True, unit="step")
-
-    def advance(self, **shown: float) -> None:
-        """One step forward; `shown` are the newest figures, where there are any."""
+    def advance(self, count: int = 1, **shown: float) -> None:
+        """`count` units forward; `shown` are the newest figures, where there are any."""
         if self._bar is not None:
             if shown:
-                self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-            self._bar.update()
+                self._shown = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                self._bar.set_postfix_str(self._shown, refresh=False)
+            self._bar.update(count)
 
     def end_progress(self) -> None:
         """Take the bar away."""
@@ -133,7 +151,7 @@ class Tracker:
             try:
                 self._wandb = services.start_wandb(self.settings, self.folder, config, name, wandb_id)
                 self.wandb_id = self._wandb.id
-                self.say(f"W&B: {services.where_to_look(self._wandb, self.settings)}")
+                self.say(f"W&B: {services.where_to_look(self._wandb, self.settings)}", fit=False)
                 self._catch_up()
             except services.Unavailable as error:
                 self.say(f"going on without W&B: {error}; every figure is in metrics.jsonl")
@@ -195,6 +213,15 @@ class Tracker:
             if stream is not None:
                 stream.close()
         self._log = self._metrics = None
+
+
+def _rank_log(path: Path) -> TextIO | None:
+    """The log of another rank than 0; None where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _numbers(kind: str, figures: dict[str, Any]) -> dict[str, float]:
