@@ -116,3 +116,13 @@ def test_two_folds_end_to_end_interrupted_and_started_again(tmp_path: Path) -> N
     assert figures["top1"] == pytest.approx(np.mean(list(held_out.values())))
     with (run / "ensemble" / "members.csv").open() as stream:
         assert [row["member"] for row in csv.DictReader(stream)] == [first.name, second.name]
+
+    again = [*command, "--score-only", "--out", str(tmp_path / "again")]
+    done = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "member 1 of 2" not in done.stdout
+    for name in ("submission.csv", "members.csv", "held_out/metrics.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (run / "ensemble" / name).read_bytes()
+    (second / "predictions" / "data_test" / "views.npz").unlink()
+    done = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and str(second) in done.stderr and len(done.stderr.splitlines()) == 1

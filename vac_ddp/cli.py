@@ -17,6 +17,7 @@ COMMANDS = {
     "audio": ("vac_ddp.tools.audio", "train a classifier of the videos' sound, to be scored with the picture's"),
     "soup": ("vac_ddp.tools.soup", "average the weights of several runs of one model"),
     "report": ("vac_ddp.tools.report", "write report.html of a run, with curves, confusions and mistakes"),
+    "table": ("vac_ddp.tools.table", "best validation figures of several runs side by side"),
     "synth": ("vac_ddp.tools.synth", "make a motion data set to try everything out"),
     "audit": ("vac_ddp.tools.audit", "look for leaks, damage and giveaways in a data set"),
     "extract": ("vac_ddp.tools.extract", "cut video files into frame folders"),

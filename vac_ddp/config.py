@@ -366,6 +366,10 @@ def check(config: Config) -> None:
     ):
         good = value == "auto" or (isinstance(value, int) and value >= 1)
         need(good, f"{name}={value}: must be auto or a number from 1")
+    need(
+        c.checkpoint.before_end_s >= 0,
+        f"checkpoint.before_end_s={c.checkpoint.before_end_s}: seconds from 0 (0: never)",
+    )
     need(c.train.max_steps is None or c.train.max_steps >= 1, f"train.max_steps={c.train.max_steps}: at least 1")
     need(c.val.crops in (1, 3) and c.predict.views.crops in (1, 3), "val.crops and predict.views.crops are 1 or 3")
     need(

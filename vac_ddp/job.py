@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from vac_ddp.engine import checkpoint, health, run_dir
 from vac_ddp.engine.loop import Loop, Validation
 from vac_ddp.engine.optim import group_table
 from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_lr
-from vac_ddp.engine.signals import Agreement, StopRequest
+from vac_ddp.engine.signals import Agreement, StopRequest, end_of_allocation, save_by
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
 from vac_ddp.errors import Interrupted, UserError, exit_status
@@ -92,7 +93,7 @@ class Job:
 @contextlib.contextmanager
 def open_job(config: Config, device: torch.device) -> Iterator[Job]:
     """Build a run from its settings, hand it out, and close it whether it went well or not."""
-    stop = StopRequest()
+    stop = StopRequest(distributed.broadcast_object(_deadline(config)))
     stop.install()
     tracker: Tracker | None = None
     pulse: health.Pulse | None = None
@@ -136,6 +137,13 @@ def open_job(config: Config, device: torch.device) -> Iterator[Job]:
             run.discard()
             run.lock.release()
         stop.restore()
+
+
+def _deadline(config: Config) -> float | None:
+    """When to save because the SLURM job is about to end, in time.time() seconds; asked on rank 0 only."""
+    if not distributed.is_main():
+        return None
+    return save_by(end_of_allocation(), config.checkpoint.before_end_s, now=time.time())
 
 
 def _explain(error: RuntimeError, pulse: health.Pulse) -> RuntimeError:

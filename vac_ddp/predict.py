@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def predict(argv: list[str]) -> dict[str, Any] | None:
     if options.sample:
         submission.read_sample(options.sample)
     weights = _weights_file(options.weights)
-    from vac_ddp.engine.signals import StopRequest
+    from vac_ddp.engine.signals import StopRequest, end_of_allocation, save_by
     from vac_ddp.models.sources import open_own
 
     source = open_own(weights)
@@ -165,7 +166,9 @@ def predict(argv: list[str]) -> dict[str, Any] | None:
         options.data = Path(config.data.val if own_val else config.data.train).expanduser()
     device = distributed.pick_device()
     distributed.start(device, timeout_s=config.health.start_timeout_s)
-    stop = StopRequest()
+    end = end_of_allocation() if distributed.is_main() else None
+    end = distributed.broadcast_object(end)
+    stop = StopRequest(save_by(end, config.checkpoint.before_end_s, now=time.time()))
     stop.install()
     try:
         if kind in ("video file", "frames"):

@@ -169,6 +169,9 @@ class CheckpointSettings:
     keep: int = setting(2, "step-numbered checkpoints kept")
     every_steps: int | None = setting(None, "steps between checkpoints, beside those of every epoch")
     every_minutes: float | None = setting(10.0, "minutes between checkpoints, beside those of every epoch")
+    before_end_s: float = setting(
+        120.0, "seconds before the end of a SLURM job at which the run saves and ends, to be requeued; 0: never"
+    )
     on_failure: Literal["continue", "stop"] = setting("continue", "when a checkpoint cannot be written (disk full)")
 
 

@@ -1,6 +1,9 @@
 """How a program ends: one line for its user, an exit status, and a JSON file for scripts.
 
 torchrun turns every worker's status into 1, so rank 0 also writes {status, message, run, step} to $VAC_STATUS_FILE.
+With VAC_STATUS_ONLY=1 beside it, an end that all ranks agree on and that starting again would not change (done,
+interrupted, findings, an error of the user's) is told by that file only and is 0 for torchrun: it restarts nothing and
+prints no page.
 """
 
 from __future__ import annotations
@@ -43,6 +46,10 @@ def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[s
     elif error is not None and (distributed.is_main() or getattr(error, "own", False)):
         print(f"vac: {message}", file=sys.stderr, flush=True)
     _write_status(status, message, facts | ({"step": error.step} if isinstance(error, errors.Interrupted) else {}))
+    together = status != errors.FAILED and not getattr(error, "own", False)
+    if together and "VAC_STATUS_FILE" in os.environ and os.environ.get("VAC_STATUS_ONLY") == "1":
+        distributed.end(errors.DONE)
+        return errors.DONE
     if status in (errors.DONE, errors.INTERRUPTED, errors.FINDINGS):
         distributed.end(status)
     elif distributed.active():
@@ -55,15 +62,17 @@ def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[s
 
 def _plain(error: BaseException) -> BaseException:
     """A user error as it was raised in a loader process, without the traceback that the loader put into its text."""
-    if isinstance(error, errors.UserError):
-        inner = WRAPPED.search(str(error))
-        return errors.UserError(inner.group(1).strip()) if inner else error
-    if type(error).__name__ == "OutOfMemoryError":
-        return errors.UserError(
+    plain = error
+    if isinstance(error, errors.UserError) and (inner := WRAPPED.search(str(error))):
+        plain = errors.UserError(inner.group(1).strip())
+    elif type(error).__name__ == "OutOfMemoryError":
+        plain = errors.UserError(
             "CUDA out of memory: lower train.clips_per_gpu (train.global_batch is kept by accumulation), clip.frames "
             "or clip.size, or raise train.checkpointing"
         )
-    return error
+    if plain is not error:  # out of memory is met by one rank alone, what a loader says may be known to all
+        plain.own = getattr(error, "own", not isinstance(error, errors.UserError))  # type: ignore[attr-defined]
+    return plain
 
 
 def _say_failure(error: BaseException | None, message: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -99,6 +101,38 @@ class Agreement:
         earlier = self.read().stop
         self.exchange(stop=max(stop, earlier), save=False, save_failed=False)
         return self.read().stop
+
+
+def end_of_allocation(environment: Mapping[str, str] = os.environ) -> float | None:
+    """When the SLURM job around this process ends, in time.time() seconds.
+
+    None outside of SLURM, for a job without an end, and where SLURM does not answer. SLURM before 23.02 has no
+    SLURM_JOB_END_TIME: there squeue is asked, so call it on one rank.
+    """
+    if environment.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(environment["SLURM_JOB_END_TIME"])
+    job = environment.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    if "SLURM_ARRAY_JOB_ID" in environment:  # one task of an array has the number of the whole array
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    try:
+        asked = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={job}", "--format=%e"], capture_output=True, text=True, timeout=20
+        )
+        return time.mktime(time.strptime(asked.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return None
+
+
+def save_by(end: float | None, margin_s: float, *, now: float) -> float | None:
+    """When to save, for an allocation that ends at `end`: `margin_s` before, or in the middle of a short rest.
+
+    All in time.time() seconds; None without an end or with a margin of 0.
+    """
+    if end is None or margin_s <= 0:
+        return None
+    return end - min(margin_s, max(0.0, end - now) / 2)
 
 
 def signal_name(number: int) -> str:

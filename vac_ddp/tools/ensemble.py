@@ -107,14 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(options.out) if options.out else Path(config.run.dir) / "ensemble"
     findings = 0
     with children() as run:
-        for number, member in enumerate(members, start=1):
+        for number, member in enumerate([] if options.score_only else members, start=1):
             print(f"member {number} of {len(members)}: {member.folder}", flush=True)
             predict = ["predict", "--nproc", str(ranks), "--run", str(member.folder)]
             predict += [word for word in words if word.startswith("predict.")]
             for command in (
                 ["train", "--nproc", str(ranks), *words, *member.words],
                 *([[*predict, "--part", "val"]] if validated else []),
-                [*predict, "--data", options.data, "--out", str(_test_views(member, options.data))],
+                [*predict, "--data", options.data, "--out", str(prediction_folder(member, options.data))],
             ):
                 status = run(command)
                 if status == errors.INTERRUPTED:
@@ -149,6 +149,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--temperature", action="store_true", help="fit a temperature for each member on its validation part")
     add("--sample", metavar="CSV", help="write the submission after the rows of this sample_submission.csv")
     add("--out", metavar="DIR", help="where the results go (default: RUN.DIR/ensemble)")
+    add("--score-only", action="store_true", help="the members were trained and predicted elsewhere (slurm/kfold.sh)")
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options, words = parser.parse_known_args(argv)
     for word in words:
@@ -190,14 +191,15 @@ def _check(options: argparse.Namespace, config: Config, first: list[str]) -> boo
     return validated
 
 
-def _test_views(member: Member, data: str) -> Path:
+def prediction_folder(member: Member, data: str) -> Path:
+    """Where a member's prediction of the test folder goes."""
     name = Path(data).expanduser().resolve().name
     return member.folder / "predictions" / ("test" if name == "val" else name)  # val: the member's own part
 
 
 def _score_words(options: argparse.Namespace, members: Sequence[Member], out: Path, validation: list[str]) -> list[str]:
     """The words of the `vac score` that puts the members together."""
-    words = [str(_test_views(member, options.data)) for member in members]
+    words = [str(prediction_folder(member, options.data)) for member in members]
     words += ["--method", options.method, "--no-table", "--out", str(out)]
     words += ["--sample", options.sample] if options.sample else []
     words += [f"--{options.choose}", *validation] if options.choose != "mean" else []

@@ -1,0 +1,70 @@
+"""The end of a SLURM job as the trainer sees it, and ends that torchrun is not told of. The cluster: tests/slurm/."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Workplace
+from vac_ddp.engine.signals import StopRequest, end_of_allocation, save_by
+
+
+def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str, *, job: str) -> None:
+    """Put a squeue first in the path that knows one job."""
+    program = folder / "squeue"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *--jobs={job}\\ *) echo "{answer}" ;; *) exit 1 ;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_the_end_is_that_of_the_environment_or_of_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert end_of_allocation({}) is None
+    assert end_of_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1790000000"}) == 1790000000.0
+    noon = time.mktime((2026, 3, 1, 12, 0, 0, 0, 0, -1))
+    squeue(tmp_path, monkeypatch, "2026-03-01T12:00:00", job="7")
+    assert end_of_allocation({"SLURM_JOB_ID": "7"}) == noon
+    assert end_of_allocation({"SLURM_JOB_ID": "8"}) is None
+    squeue(tmp_path, monkeypatch, "2026-03-01T12:00:00", job="7_3")
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert end_of_allocation(array) == noon
+    squeue(tmp_path, monkeypatch, "NONE", job="7")
+    assert end_of_allocation({"SLURM_JOB_ID": "7"}) is None
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert end_of_allocation({"SLURM_JOB_ID": "7"}) is None
+
+
+def test_saving_is_due_before_the_end_or_in_the_middle_of_a_short_rest() -> None:
+    assert save_by(None, 120, now=0) is None
+    assert save_by(1000.0, 0, now=0) is None
+    assert save_by(1000.0, 120, now=0) == 880
+    assert save_by(1000.0, 120, now=900) == 950
+    assert save_by(1000.0, 120, now=2000) == 1000
+    assert StopRequest(time.time() - 1).wanted() and not StopRequest(time.time() + 60).wanted()
+
+
+def test_a_job_that_ends_saves_by_itself_and_goes_on(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    told = tmp_path / "status.json"
+    ends = {"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": str(int(time.time()))}
+    done = place.python("-m", "vac_ddp.train", *place.arguments("a"), VAC_STATUS_FILE=str(told), **ends)
+    assert done.returncode == 75, done.stderr
+    assert "the end of the allocation: saving at step" in done.stdout
+    assert json.loads(told.read_text())["status"] == 75
+    more = place.python("-m", "vac_ddp.train", *place.arguments("a"), SLURM_RESTART_COUNT="1")
+    assert more.returncode == 0 and place.steps("a") == list(range(1, 13)), more.stderr
+    never = place.python("-m", "vac_ddp.train", *place.arguments("b", "checkpoint.before_end_s=0"), **ends)
+    assert never.returncode == 0, never.stderr
+
+
+@pytest.mark.parametrize(("only", "expected"), [("1", 0), ("", 2)])
+def test_torchrun_is_not_told_of_an_error_of_the_users(tmp_path: Path, only: str, expected: int) -> None:
+    told = tmp_path / "status.json"
+    place = Workplace(tmp_path)
+    words = place.arguments("a", "data.train=nowhere")
+    done = place.python("-m", "vac_ddp.train", *words, VAC_STATUS_FILE=str(told), VAC_STATUS_ONLY=only)
+    assert done.returncode == expected
+    assert json.loads(told.read_text())["status"] == 2
+    assert len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
