@@ -22,6 +22,7 @@ plans = st.fixed_dictionaries(
         "world": st.integers(1, 9),
         "epoch": st.integers(0, 3),
         "balance": st.sampled_from(["none", "class"]),
+        "even": st.booleans(),
     }
 )
 
@@ -40,6 +41,7 @@ def samplers(plan: dict, *, world: int | None = None, start_step: int = 0, seed:
             repeats=plan["repeats"],
             balance=plan["balance"],
             labels=videos % 3,
+            even=plan["even"],
         )
         for rank in range(world)
     ]
@@ -85,8 +87,9 @@ def test_ranks_together_have_the_global_batch_of_one_rank(plan: dict) -> None:
 @given(plans)
 def test_loads_are_whole_units_of_two_videos_that_fit(plan: dict) -> None:
     for sampler in samplers(plan):
+        first = end = 0
         for step, loads in enumerate(by_step(sampler)):
-            first = step * plan["per_step"]
+            first, end = end, end + sampler.samples_of_step(step) // plan["repeats"]
             units = []
             for load in loads:
                 assert len(load) * plan["repeats"] <= max(plan["clips_per_gpu"], 2 * plan["repeats"])
@@ -113,6 +116,7 @@ def test_a_start_step_leaves_out_what_was_done_and_changes_nothing_else(plan: di
 
 def test_resumed_with_another_world_size_the_rest_of_the_epoch_is_the_same() -> None:
     plan = {"count": 53, "repeats": 2, "per_step": 7, "clips_per_gpu": 4, "world": 3, "epoch": 2, "balance": "none"}
+    plan["even"] = False
     before = [key for s in samplers(plan) for step in by_step(s)[:4] for load in step for key in load]
     after = [key for s in samplers(plan, world=5, start_step=4) for load in s for key in load]
     (single,) = samplers(plan, world=1)
@@ -132,6 +136,18 @@ def test_the_plan_written_out() -> None:
     assert load_batches([(0, 1), (4,)], 1) == [[0, 1], [4]]
     assert load_batches([(0, 1), (4,)], 2) == [[0, 1, 4]]
     assert load_batches([], 2) == [[]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans)
+def test_even_steps_use_every_draw_once_and_differ_by_one(plan: dict) -> None:
+    (short,) = samplers(plan | {"even": False}, world=1)
+    (even,) = samplers(plan | {"even": True}, world=1)
+    draws = [key.draw for step in by_step(even) for load in step for key in load]
+    assert draws == list(range(plan["count"]))
+    sizes = [even.samples_of_step(step) // plan["repeats"] for step in range(even.steps_per_epoch)]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= plan["per_step"]
+    assert even.steps_per_epoch == short.steps_per_epoch
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:

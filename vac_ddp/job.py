@@ -198,6 +198,7 @@ def _build(
         world=distributed.world_size(),
         repeats=config.augment.repeats,
         balance=config.data.balance,
+        even=config.train.even_steps,
         labels=data.index.labels[data.split.train],
     )
     total, rate = make_rate(config, sampler.steps_per_epoch)

@@ -147,6 +147,9 @@ class TrainSettings:
     epochs: int = setting(20, "passes over the training part")
     max_steps: int | None = setting(None, "end after this many optimizer steps, the schedule fitted to it")
     global_batch: int = setting(64, "clips of one optimizer step over all ranks")
+    even_steps: bool = setting(
+        False, "spread an epoch's clips evenly over its steps, instead of a short last one: for very small sets"
+    )
     clips_per_gpu: int | str = setting("auto", "clips of one micro-batch on one rank; auto: what fits (CPU: 8)")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "autocast; auto: bf16 on GPUs, fp32 on the CPU"

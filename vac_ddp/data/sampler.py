@@ -2,7 +2,8 @@
 
 An epoch is a list of draws; step s takes V of them; consecutive draws of a step are a unit; unit u goes to rank
 u % W. The planning functions are pure: the global batch depends on (seed, epoch, step) alone, the ranks only share
-it out. Nothing is padded and nothing dropped: the last step of an epoch may be short, a rank may get nothing.
+it out. Nothing is padded and nothing dropped: the last step of an epoch may be short (or all of them a
+little, if asked for), a rank may get nothing.
 """
 
 from __future__ import annotations
@@ -70,9 +71,17 @@ def steps_of_epoch(draws: int, draws_per_step: int) -> int:
     return -(-draws // draws_per_step)
 
 
-def step_units(step: int, draws: int, draws_per_step: int) -> list[tuple[int, ...]]:
+def step_range(step: int, draws: int, draws_per_step: int, *, even: bool = False) -> tuple[int, int]:
+    """The first draw number of a step and that of the next; `even`: steps differ by one draw, none is short."""
+    if even:
+        steps = steps_of_epoch(draws, draws_per_step)
+        return step * draws // steps, (step + 1) * draws // steps
+    return step * draws_per_step, min((step + 1) * draws_per_step, draws)
+
+
+def step_units(step: int, draws: int, draws_per_step: int, *, even: bool = False) -> list[tuple[int, ...]]:
     """The units of one step: pairs of consecutive draw numbers, the last may be a single one."""
-    first, end = step * draws_per_step, min((step + 1) * draws_per_step, draws)
+    first, end = step_range(step, draws, draws_per_step, even=even)
     return [tuple(range(d, min(d + 2, end))) for d in range(first, end, 2)]
 
 
@@ -109,6 +118,8 @@ class StepSampler(DistributedSampler):
         Clips of one micro-batch; a load batch holds as many whole units as fit into it, at least one.
     repeats : int
         Clips made of every draw.
+    even : bool
+        Spread the draws of an epoch evenly over its steps, where the last step would be short otherwise.
 
     """
 
@@ -124,6 +135,7 @@ class StepSampler(DistributedSampler):
         repeats: int = 1,
         balance: str = "none",
         labels: Sequence[int] | np.ndarray | None = None,
+        even: bool = False,
     ) -> None:
         self.videos = np.asarray(videos, dtype=np.int64)
         super().__init__(self.videos, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=False)
@@ -135,6 +147,7 @@ class StepSampler(DistributedSampler):
             )
         self.repeats = repeats
         self.balance = balance
+        self.even = even
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.draws_per_step = global_batch // repeats
         self.units_per_load = max(1, clips_per_gpu // (2 * repeats))
@@ -160,8 +173,8 @@ class StepSampler(DistributedSampler):
 
     def samples_of_step(self, step: int) -> int:
         """Clips of the global batch of a step of the epoch, over all ranks."""
-        first = step * self.draws_per_step
-        return (min(first + self.draws_per_step, self.draws_per_epoch) - first) * self.repeats
+        first, end = step_range(step, self.draws_per_epoch, self.draws_per_step, even=self.even)
+        return (end - first) * self.repeats
 
     def rank_samples_of_step(self, step: int) -> int:
         """Clips that this rank loads for a step of the epoch."""
@@ -187,7 +200,8 @@ class StepSampler(DistributedSampler):
         return sum(self.loads_of_step(step) for step in range(self.start_step, self.steps_per_epoch))
 
     def _units(self, step: int) -> list[tuple[int, ...]]:
-        return rank_units(step_units(step, self.draws_per_epoch, self.draws_per_step), self.rank, self.num_replicas)
+        units = step_units(step, self.draws_per_epoch, self.draws_per_step, even=self.even)
+        return rank_units(units, self.rank, self.num_replicas)
 
     def _draws(self) -> np.ndarray:
         if self._order is None or self._order[0] != self.epoch:
