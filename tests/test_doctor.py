@@ -1,0 +1,135 @@
+"""vac doctor: what it says follows from what it measured, and what it measured is near a clock of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import make_videos, one_line
+from tests.support import REPO, environment
+from vac_ddp.data.decode import decode_frame
+from vac_ddp.settings import Config
+from vac_ddp.tools import doctor
+
+GPU = doctor.Found(
+    workers=4,
+    ranks=2,
+    repeats=1,
+    frame_bytes=25_000,
+    frame_shape=(240, 320),
+    clip_frames=16,
+    clip_bytes=16 * 224 * 224 * 3,
+    decode_core=160.0,
+    decode_all=600.0,
+    read_bytes=2e9,
+    copy_bytes=20e9,
+    step=350.0,
+    gradient_bytes=86_000_000 * 4,
+    all_reduce=200e9,
+    clips_a_step=64,
+    cuda=True,
+)
+
+
+def test_limits_are_clips_a_second_of_the_whole_machine() -> None:
+    rates = doctor.limits(GPU)
+    assert rates["decoding"] == 1200
+    assert rates["disk"] == pytest.approx(2e9 / (25_000 * 16))
+    assert rates["copies to the device"] == pytest.approx(2 * 20e9 / (16 * 224 * 224 * 3))
+    assert rates["the model"] == 700
+    assert rates["the model with all-reduce"] == pytest.approx(64 / (64 / 700 + 344e6 / 200e9))
+    assert list(rates.values()) == sorted(rates.values())
+    twice = doctor.limits(dataclasses.replace(GPU, repeats=2))
+    assert (twice["decoding"], twice["disk"]) == (2400, 2 * rates["disk"])
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "settings"),
+    [
+        ({"decode_all": 100.0}, "decoding", ["augment.repeats=2"]),
+        ({"decode_all": 100.0, "frame_shape": (720, 1280)}, "decoding", ["vac extract --short-side 224"]),
+        ({"decode_all": 100.0, "workers": 0}, "decoding", ["data.workers"]),
+        ({"read_bytes": 10e6}, "disk", ["vac pack"]),
+        ({"all_reduce": 1e9}, "the model with all-reduce", ["train.bf16_reduce=true", "train.global_batch"]),
+        ({"copy_bytes": 1e8}, "copies to the device", ["clip.size"]),
+        ({"all_reduce": None}, "the model", ["train.freeze_depth"]),
+        ({"all_reduce": None, "decode_all": 400.0}, "the model", ["augment.repeats=2", "train.freeze_depth"]),
+        ({"all_reduce": None, "cuda": False}, "the model", ["a GPU"]),
+    ],
+)
+def test_advice_names_what_holds_back_and_the_settings(change: dict, first: str, settings: list[str]) -> None:
+    lines = doctor.advice(dataclasses.replace(GPU, **change), Config())
+    assert lines[0].startswith(f"held back by {first}: ")
+    assert all(any(name in line for line in lines[1:]) for name in settings), lines
+
+
+def test_advice_does_not_name_what_is_set_already() -> None:
+    config = Config()
+    config.augment.repeats, config.train.bf16_reduce, config.train.compile = 2, True, False
+    slow = dataclasses.replace(GPU, decode_all=100.0, repeats=2)
+    assert not any("augment.repeats" in line for line in doctor.advice(slow, config))
+    far = dataclasses.replace(GPU, all_reduce=1e9)
+    said = doctor.advice(far, config)
+    assert not any("bf16_reduce" in line for line in said)
+    assert any("train.compile=true" in line for line in said)
+
+
+def test_decoding_is_what_a_clock_says(tmp_path: Path) -> None:
+    frames = [path.read_bytes() for path in doctor.make_sample(tmp_path)]
+    assert 15 < sum(map(len, frames)) / len(frames) / 1024 < 40
+    config = Config()
+    rate = doctor.decode_rate_together(frames, config, 1)
+    for data in frames:
+        decode_frame(data)
+    begin = time.perf_counter()
+    for data in frames:
+        decode_frame(data)
+    alone = len(frames) / 16 / (time.perf_counter() - begin)
+    assert 0.1 * alone < rate < 2 * alone  # decoding is most of it
+
+
+def test_frames_are_looked_for_within_bounds(tmp_path: Path) -> None:
+    make_videos(tmp_path / "data", classes=2, videos=40, frames=12)
+    found = doctor.sample_frames(tmp_path / "data")
+    assert 0 < len(found) <= doctor.SAMPLE
+    assert len({path.parent for path in found}) > 10
+    assert doctor.sample_frames(tmp_path / "nothing") == []
+
+
+def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vac_ddp.cli", "doctor", *words],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_the_program_measures_and_advises(tmp_path: Path) -> None:
+    make_videos(tmp_path / "data_train", classes=2, videos=3)
+    done = run(tmp_path, "--config", str(REPO / "configs" / "scratch_small.yaml"))
+    assert done.returncode == 0, done.stderr
+    for part in ("machine", "decoders", "frames", "decoding", "disk", "matrix product", "model", "all-reduce"):
+        assert f"\n{part} " in "\n" + done.stdout, done.stdout
+    assert "40x40" in done.stdout
+    assert "held back by" in done.stdout
+    made = run(tmp_path, "--config", "hmdb51_videomae_base", "data.train=nowhere")
+    assert made.returncode == 0, made.stderr
+    assert "made frames" in made.stdout
+    assert "1078 GFLOP a clip" in made.stdout  # the size is in the name of the weights
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    assert "train.epochs" in one_line(run(tmp_path, "train.epoch=3"))
+    for label in range(2):
+        (tmp_path / "data_train" / f"class{label}" / "v").mkdir(parents=True)
+        (tmp_path / "data_train" / f"class{label}" / "v" / "0001.jpg").write_bytes(b"no picture")
+    assert "vac audit" in one_line(run(tmp_path))
