@@ -1,23 +1,26 @@
-"""What a view costs, and how much of a prediction is not the model.
+"""What a view costs, how fast the model is beside Hugging Face's, and how much of a prediction is not the model.
 
-python -m benchmarks.predict                                  views on one core, a small model on the CPU
-python -m benchmarks.predict --width 768 --depth 12 --heads 12 --videos 400 --workers 14      ViT-B on a GPU
+    python -m benchmarks.predict                  # views on one core, a small model on the CPU
+    python -m benchmarks.predict --gpu            # VideoMAE-B on a GPU
+    python -m benchmarks.predict --dry            # every piece, at tiny sizes
 
-Two figures. Decoding for 5 windows x 3 crops (mirrored ones are made on the device) against 5 windows x 1 crop: each
-frame is decoded once for all views, so it should cost at most 1.3 times as much; cutting and resampling, which every
-crop needs, are shown beside it. And videos a second of a whole prediction, saving and gathering included, with the
-share of its time in which the model could not work: what the same forward passes take with their clips on the device
-already is the model's own time.
+Three tables. Views: decoding for 5 windows x 3 crops (mirrored ones are made on the device) against 5 windows x 1 crop:
+each frame is decoded once for all views, so it should cost at most 1.3 times as much; cutting and resampling, which
+every crop needs, are shown beside it. Passes: uint8 clips in the device's memory to logits, ours with normalisation
+against Hugging Face's class with floats that are ready. Whole: `predict_views` from files, saving and gathering
+included, with the share of its time in which the model could not work.
 
-Exit status 1 where decoding for more crops costs more than the bound.
+Exit status 3 where a bar is missed.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import copy
+import functools
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +28,37 @@ import numpy as np
 import simplejpeg
 import torch
 
-from benchmarks.index import cpu
+from benchmarks import peers
+from benchmarks.common import (
+    CLASSES,
+    SMALL,
+    Stopwatch,
+    about_line,
+    arguments,
+    device_of,
+    machine,
+    ratio,
+    table,
+    write,
+)
 from vac_ddp.data import frames
+from vac_ddp.data.augment import normalise
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
 from vac_ddp.data.sampling import test_windows
-from vac_ddp.inference.forward import AUTO_CLIPS, Scorer
+from vac_ddp.engine.meters import clip_flops, matmul_rate
+from vac_ddp.errors import DONE, FINDINGS
+from vac_ddp.inference.forward import Scorer, _Stream
 from vac_ddp.inference.run import Task, predict_views
 from vac_ddp.inference.views import video_costs, view_table
 from vac_ddp.inference.viewsfile import ViewsHead
 from vac_ddp.models import load_model
-from vac_ddp.settings import ClipSettings, DataSettings, ModelSettings, ViewSettings
+from vac_ddp.prediction import prepare
+from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 
+OURS, OURS_COMPILED = "vac_ddp, not compiled", "vac_ddp"
+HF, HF_COMPILED = "HF", "HF, torch.compile"
 BOUND = 1.3
-CLASSES = [f"class {i}" for i in range(51)]
 
 
 def make_videos(root: Path, videos: int, length: int, size: tuple[int, int]) -> None:
@@ -85,98 +105,220 @@ def load_seconds(dataset: TestViews, repeats: int) -> tuple[float, float]:
     return best
 
 
-def model_seconds(scorer: Scorer, clip: ClipSettings, clips: int) -> float:
-    """Seconds that the forward passes of `clips` clips take with their pixels on the device."""
-    size = AUTO_CLIPS[scorer.device.type]
-    pixels = torch.rand(size, clip.frames, 3, clip.size, clip.size, device=scorer.device)
-    times = []
-    with (
-        torch.inference_mode(),
-        torch.autocast(
-            scorer.device.type, dtype=scorer.autocast or torch.bfloat16, enabled=scorer.autocast is not None
-        ),
-    ):
-        for _ in range(4):
-            start = time.perf_counter()
-            scorer.model(pixels).float().cpu()
-            times.append(time.perf_counter() - start)
-    return min(times[1:]) / size * clips
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    for name, default in (("--videos", 24), ("--frames", 100), ("--width", 96), ("--depth", 4), ("--heads", 3)):
-        add(name, type=int, default=default)
-    add("--size", type=int, default=224, help="side of a clip")
-    add("--workers", type=int, default=1)
-    add("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{cpu()}; {where}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+def passes(options: Any, device: torch.device) -> dict[str, Any]:
+    """Clips a second of forward passes, in rounds: ours and Hugging Face's, as they are and compiled."""
     clip = ClipSettings(frames=16, stride=4, size=options.size)
-    one, three = (ViewSettings(windows="spread", count=5, crops=crops) for crops in (1, 3))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_videos(folder / "data", options.videos, options.frames, (240, 320))
-        index = open_index(folder / "data", labelled=False, settings=DataSettings(cache=str(folder)))
-        few = np.arange(min(12, len(index)))
-        torch.set_num_threads(1)
-        sets = [TestViews(index, few, clip, views, tolerant=True) for views in (one, three)]
-        (decode, load), (more_decode, more_load) = (load_seconds(dataset, options.repeats) for dataset in sets)
-        ratio = more_decode / decode
-        print(f"one core, videos of {options.frames} frames of 320x240, ms a video:")
-        print(f"  5x1 views          {1000 * decode:6.1f} decoding  {1000 * load:6.1f} with cutting and resampling")
-        print(f"  5x3 views          {1000 * more_decode:6.1f} decoding  {1000 * more_load:6.1f}")
-        print(f"  5x3 / 5x1            {ratio:.2f} (bound {BOUND:g})  {more_load / load:.2f}")
+    loaded = load_model(ModelSettings(weights=None, **options.sizes), clip, CLASSES, seed=0)
+    theirs = peers.hf_model(loaded.model).to(device).eval()
+    models = {OURS: loaded.model.to(device).eval()}
+    if options.compile:
+        models[OURS_COMPILED] = copy.deepcopy(models[OURS])
+        models[OURS_COMPILED].compile_blocks()
+    half = torch.bfloat16 if device.type == "cuda" else None
+    scorers = {name: scorer_of(model, loaded, device, options.clips) for name, model in models.items()}
+    whole = torch.randint(0, 256, (options.clips, 16, options.size, options.size, 3), dtype=torch.uint8, device=device)
+    floats = normalise(whole, tuple(loaded.mean), tuple(loaded.std), torch.float32)
 
-        model = ModelSettings(weights=None, width=options.width, depth=options.depth, heads=options.heads)
-        loaded = load_model(model, clip, CLASSES, seed=0)
-        views = dataclasses.replace(three, crops=1, count=3)
-        scorer = Scorer(
-            model=loaded.model.to(device).eval(),
-            device=device,
-            autocast=torch.bfloat16 if device.type == "cuda" else None,
-            mean=tuple(loaded.mean),
-            std=tuple(loaded.std),
-            flip=False,
-            clips_per_gpu="auto",
-        )
-        per_video = len(test_windows(1, clip, views))
-        own = model_seconds(scorer, clip, len(index) * per_video)
-        task = Task(
-            head=ViewsHead(
-                ids=list(index.names),
-                classes=CLASSES,
-                views=view_table(views, per_video),
-                labels=index.labels,
-                sources=[""] * len(index),
-                damaged=np.zeros(len(index)),
-                failed=np.zeros(len(index), bool),
-            ),
-            costs=video_costs(index.frame_counts, lambda n: test_windows(n, clip, views), 1),
-            fingerprint={"data": "benchmark"},
-            prior=np.zeros(len(CLASSES), np.float32),
-        )
+    @torch.inference_mode()
+    def hf(model: Any) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
+            return model(pixel_values=floats).logits.float()
+
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        name: functools.partial(_Stream(scorer, options.clips).pass_, whole) for name, scorer in scorers.items()
+    }
+    ways[HF] = functools.partial(hf, theirs)
+    if options.compile:
+        ways[HF_COMPILED] = functools.partial(hf, torch.compile(copy.deepcopy(theirs)))
+    difference = float((ways[OURS]() - ways[HF]()).abs().max() / ways[HF]().abs().max())
+    assert difference < 0.05, f"the peer's logits differ by {difference:.2g} of the largest"
+    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(options.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            watch = Stopwatch(device, seconds=options.seconds, warm=2)
+            while True:
+                ways[name]()
+                if not watch.tick(options.clips):
+                    break
+            rounds[name].append(round(watch.rate, 2))
+    flops, matmul = clip_flops(models[OURS], clip), matmul_rate(device, half)
+    assert flops is not None
+    return {
+        "rounds": rounds,
+        "flops_per_clip": flops[0],
+        "matmul": matmul,
+        "mfu": {name: max(rates) * flops[0] / matmul for name, rates in rounds.items()},
+        "difference": difference,
+    }
+
+
+def scorer_of(model: Any, loaded: Any, device: torch.device, clips: int | str) -> Scorer:
+    """The model as a prediction has it."""
+    return Scorer(
+        model=model,
+        device=device,
+        autocast=torch.bfloat16 if device.type == "cuda" else None,
+        mean=tuple(loaded.mean),
+        std=tuple(loaded.std),
+        flip=False,
+        clips_per_gpu=clips,
+    )
+
+
+def view_costs(options: Any, index: Any) -> dict[str, float]:
+    """Milliseconds a video on one core: decoding and loading of 5x1 and 5x3 views, best rounds."""
+    clip = ClipSettings(frames=16, stride=4, size=options.size if options.dry else 224)
+    few = np.arange(min(12, len(index)))
+    found = {}
+    for crops in (1, 3):
+        views = ViewSettings(windows="spread", count=5, crops=crops)
+        decode, load = load_seconds(TestViews(index, few, clip, views, tolerant=True), options.repeats)
+        found |= {f"5x{crops} decoding": 1000 * decode, f"5x{crops} loading": 1000 * load}
+    return found
+
+
+def whole_prediction(options: Any, device: torch.device, index: Any, folder: Path) -> dict[str, Any]:
+    """A whole prediction of 5x3 views as `vac predict` makes it, the best of two."""
+    clip = ClipSettings(frames=16, stride=4, size=options.size)
+    config = Config(clip=clip)
+    config.predict.compile = options.compile
+    loaded = load_model(ModelSettings(weights=None, **options.sizes), clip, CLASSES, seed=0)
+    views = ViewSettings(windows="spread", count=5, crops=3)
+    per_video = len(test_windows(1, clip, views)) * views.crops
+    scorer = scorer_of(loaded.model.to(device).eval(), loaded, device, "auto")
+    prepare(scorer, config, len(index) * per_video)
+    task = Task(
+        head=ViewsHead(
+            ids=list(index.names),
+            classes=CLASSES,
+            views=view_table(views, per_video // views.crops),
+            labels=index.labels,
+            sources=[""] * len(index),
+            damaged=np.zeros(len(index)),
+            failed=np.zeros(len(index), bool),
+        ),
+        costs=video_costs(index.frame_counts, lambda n: test_windows(n, clip, views), views.crops),
+        fingerprint={"data": "benchmark"},
+        prior=np.zeros(len(CLASSES), np.float32),
+    )
+    found: list[dict[str, float]] = []
+    for turn in range(2):
         start = time.perf_counter()
         done = predict_views(
             task,
             scorer,
             TestViews(index, np.arange(len(index)), clip, views, tolerant=True),
-            folder / "out",
+            folder / f"out{turn}",
             workers=options.workers,
             prefetch=4,
             save_every=50,
         )
         total = time.perf_counter() - start
-        parameters = sum(p.numel() for p in loaded.model.parameters()) / 1e6
-        print(f"prediction           {len(index) / total:.1f} videos/s, 3 views each, {parameters:.1f} M parameters, "
-              f"{options.workers} loader processes")  # fmt: skip
-        print(f"outside the model    {100 * max(0.0, 1 - own / total):.0f} % of {total:.2f} s "
-              f"(waiting for frames {100 * done.waited / total:.0f} %)")  # fmt: skip
-    return 0 if ratio <= BOUND else 1
+        found.append({"clips_per_s": len(index) * per_video / total, "waited": done.waited / total, "seconds": total})
+    best = max(found, key=lambda one: one["clips_per_s"])
+    return {**best, "videos": len(index), "clips_per_pass": scorer.clips_per_gpu}
+
+
+def choose(argv: list[str] | None) -> Any:
+    """Options with the sizes that go with them."""
+    parser = arguments("predict", __doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="VideoMAE-B, 16 frames of 224")
+    parser.add_argument("--compile", action="store_true", help="on the CPU as well")
+    for name, default in (("--videos", None), ("--workers", None), ("--repeats", 3), ("--rounds", None)):
+        parser.add_argument(name, type=int, default=default)
+    options = parser.parse_args(argv)
+    options.compile |= options.gpu
+    small = options.dry or not options.gpu
+    options.sizes = dict(SMALL) if small else {"size": "base"}
+    options.size, options.clips = (112, 4) if small else (224, 64)
+    options.videos = options.videos or (12 if small else 200)
+    options.frames = 40 if small else 100
+    options.workers = options.workers or (1 if small else 15)
+    options.rounds = options.rounds or (7 if small else 3)
+    options.seconds = options.seconds or (1.5 if small else 3.0)
+    if options.dry:
+        options.sizes |= {"depth": 2, "width": 32, "heads": 2}
+        options.size, options.clips, options.videos, options.frames, options.repeats = 32, 4, 3, 24, 1
+        options.rounds, options.seconds = 1, 0.1
+    return options
+
+
+def bars_of(result: dict[str, Any], options: Any) -> list[list[str]]:
+    """What had to be reached, what was, and whether that is enough."""
+    rows = []
+
+    def add(what: str, found: float, best: float | None, bar: float, *, most: bool = False) -> None:
+        value = found if best is None else max(found, best)
+        met = value <= bar if most else value >= bar
+        shown = "" if best is None else f"{best:.3f}"
+        rows.append([what, f"{found:.3f}", shown, f"{'<=' if most else '>='} {bar:g}" + ("" if met else " (missed)")])
+
+    rounds, views = result["passes"]["rounds"], result["views"]
+    for way, over in ((OURS, HF), (OURS_COMPILED, HF_COMPILED)):
+        if way in rounds:
+            kept = ratio(rounds, way, over)
+            add(f"passes: {way} / {over}", kept["median"], kept["best"], 1.0)
+    if options.gpu:
+        add("passes: share of the matmul peak", result["passes"]["mfu"][OURS_COMPILED], None, 0.50)
+        add("whole 5x3 prediction: share of the matmul peak", result["whole"]["mfu"], None, 0.50)
+    add("decoding: 5x3 / 5x1 views", views["5x3 decoding"] / views["5x1 decoding"], None, BOUND, most=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = choose(argv)
+    device = device_of()
+    result: dict[str, Any] = {"about": machine(device)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_videos(folder / "data", options.videos, options.frames, (240, 320))
+        index = open_index(folder / "data", labelled=False, settings=DataSettings(cache=str(folder)))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        result["views"] = view_costs(options, index)
+        torch.set_num_threads(threads)
+        result["passes"] = passes(options, device)
+        result["whole"] = whole_prediction(options, device, index, folder)
+    kept, whole = result["passes"], result["whole"]
+    whole["mfu"] = whole["clips_per_s"] * kept["flops_per_clip"] / kept["matmul"]
+    alone = max(kept["rounds"].get(OURS_COMPILED, kept["rounds"][OURS]))
+    whole["outside_the_model"] = max(0.0, 1 - whole["clips_per_s"] / alone)
+    result["bars"] = bars_of(result, options)
+    command = " ".join(["predict", *(sys.argv[1:] if argv is None else argv)])
+    sizes = ", ".join(f"{name} {value}" for name, value in options.sizes.items())
+    lines = ["# Prediction", "", about_line(command, result["about"]), ""]
+    lines += table(["what", "found", "best rounds", "bar"], result["bars"])
+    lines += [f"## Passes of {options.clips} clips in memory: {sizes}, 16 frames of {options.size}", ""]
+    rows = [
+        [n, f"{sorted(r)[len(r) // 2]:.1f}", f"{max(r):.1f}", f"{kept['mfu'][n]:.3f}"]
+        for n, r in kept["rounds"].items()
+    ]
+    lines += table(["way", "clips/s, median", "best round", "of the matmul"], sorted(rows, key=lambda r: -float(r[1])))
+    lines += [
+        f"A matrix product reached {kept['matmul'] / 1e12:.4g} TFLOP/s in this run; a clip costs "
+        f"{kept['flops_per_clip'] / 1e9:.4g} GFLOP.",
+        "",
+        f"## A whole prediction: {whole['videos']} videos of {options.frames} frames of 320x240, 5x3 views, "
+        f"{options.workers} loader process(es)",
+        "",
+        f"{whole['clips_per_s']:.1f} clips/s, {whole['mfu']:.3f} of the matmul, "
+        f"{100 * whole['outside_the_model']:.0f} % of its time outside the model, "
+        f"{100 * whole['waited']:.0f} % waiting for frames; passes of "
+        f"{whole['clips_per_pass']} clips.",
+        "",
+        "## Views: milliseconds a video on one core, best rounds",
+        "",
+    ]
+    lines += table(["views and work", "ms"], [[name, f"{value:.1f}"] for name, value in result["views"].items()])
+    lines += [
+        "Loading is decoding with cutting and resampling, which are per crop: a shared resize would put the crops at"
+    ]
+    lines += ["other sub-pixel places."]
+    write(options.out, "predict_gpu" if device.type == "cuda" else "predict_cpu", result, lines, dry=options.dry)
+    missed = any("missed" in row[-1] for row in result["bars"])
+    return FINDINGS if missed and not options.dry else DONE
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -32,7 +32,7 @@ from vac_ddp.settings import ClipSettings, ModelSettings
 MODEL = [
     "The model, for W GPUs, c clips a GPU and micro-batch, accumulation A, r clips/s of one GPU alone, G bytes of",
     "gradients (4 a parameter, 2 with train.bf16_reduce) in buckets of 25 MB, rings of B bytes a second and a latency",
-    "of L seconds a step of a ring or tree. A ring enters and leaves each node once, so B is what a node's network gives",
+    "of L seconds a step of a ring or tree. A ring enters and leaves each node once: B is what a node's network gives",
     "(nine tenths of its nominal rate), or NVLink's 300 GB/s where that is less:",
     "",
     "    compute    = A c / r",

@@ -1,0 +1,429 @@
+"""Each lever of speed: what it was expected to bring, and what it brought, with and without it in turns.
+
+    python -m benchmarks.levers            # those that a CPU can show; on a GPU all of them
+    python -m benchmarks.levers --dry      # every piece at tiny sizes
+
+A figure is the median of the ratios within a round; the spread of the rounds stands beside it. A lever that brings
+nothing where it should is to be taken out of the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import (
+    SMALL,
+    Stopwatch,
+    about_line,
+    arguments,
+    device_of,
+    keys_of,
+    machine,
+    make_frames,
+    our_training,
+    settings_for,
+    table,
+    training_set,
+    write,
+)
+from vac_ddp.data.batch import Batch
+from vac_ddp.engine.meters import collected_by_hand
+from vac_ddp.errors import DONE
+from vac_ddp.settings import Config
+
+Run = Callable[[Stopwatch], float]
+
+
+@dataclass
+class Lever:
+    """Two ways to do the same; `with_` and `without` return clips (or other things) a second."""
+
+    name: str
+    expected: str
+    make: Callable[[], tuple[Run, Run]] | None
+    gpu: bool = False  # nothing to see on a CPU
+    note: str = ""
+
+
+def _as_it_is(ours: Any) -> None:
+    pass
+
+
+class Bench:
+    """What the levers are tried on: a training step in memory, and frames."""
+
+    def __init__(self, options: Any, device: torch.device, folder: Path) -> None:
+        self.options, self.device = options, device
+        self.index = make_frames(folder, videos=4, frames=24 if options.dry else 48)
+        self.config = settings_for(options.sizes, frames=16, size=options.size, clips=options.clips, compile=False)
+        noise = our_training(self.config, device).stepper.model.noise_size
+        self.batch = training_set(self.index, self.config, noise).__getitems__(keys_of(self.index, options.clips))
+        self._plain: Any = None
+        self.on_device = self.batch.to(device)
+
+    def steps(self, prepare: Callable[[Any], None] = _as_it_is, around: Any = None, **changes: Any) -> Run:
+        """Training steps with settings changed (`train.compile=...` as train_compile) or the stepper `prepare`d.
+
+        Those without a change are made once.
+        """
+        if not changes and prepare is _as_it_is:
+            if self._plain is None:
+                self._plain = our_training(self._settings(), self.device)
+            ours = self._plain
+        else:
+            ours = our_training(self._settings(**changes), self.device)
+            prepare(ours)
+
+        def run(watch: Stopwatch) -> float:
+            with around() if around else contextlib.nullcontext():
+                while True:
+                    ours.step([self.on_device], watch.steps)
+                    if not watch.tick(self.options.clips):
+                        return watch.rate
+
+        return run
+
+    def _settings(self, **changes: Any) -> Config:
+        config = settings_for(self.options.sizes, frames=16, size=self.options.size, clips=self.options.clips)
+        config.train.compile = self.device.type == "cuda" and not self.options.dry
+        for name, value in changes.items():
+            group, _, leaf = name.partition("_")
+            setattr(getattr(config, group), leaf, value)
+        return config
+
+    def repeated(self, call: Callable[[], object], count: int = 1) -> Run:
+        """Calls of a function, `count` things each."""
+
+        def run(watch: Stopwatch) -> float:
+            while True:
+                call()
+                if not watch.tick(count):
+                    return watch.rate
+
+        return run
+
+    # ------------------------------------------------------------ pairs
+
+    def attention(self, kernel: str) -> tuple[Run, Run]:
+        """One kernel of exact attention against what PyTorch takes by itself."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = getattr(SDPBackend, kernel)
+        return self.steps(around=lambda: sdpa_kernel([chosen])), self.steps()
+
+    def one_qkv(self) -> tuple[Run, Run]:
+        """Three linears as one product, against three, forward and backward."""
+        sizes = self.options.sizes
+        width = sizes.get("width", 768)
+        tokens = 8 * (self.options.size // 16) ** 2
+        x = torch.randn(self.options.clips, tokens, width, device=self.device, requires_grad=True)
+        one, three = nn.Linear(width, 3 * width).to(self.device), [nn.Linear(width, width) for _ in range(3)]
+        three = [layer.to(self.device) for layer in three]
+
+        def together() -> None:
+            one(x).sum().backward()
+
+        def apart() -> None:
+            sum(layer(x) for layer in three).sum().backward()  # type: ignore[union-attr]
+
+        return self.repeated(self.half(together)), self.repeated(self.half(apart))
+
+    def matmul_patches(self) -> tuple[Run, Run]:
+        """The patch embedding as a reshape and a product, against a convolution whose kernel is its stride."""
+        model = our_training(self.config, self.device).stepper.model
+        arch = model.arch
+        clips = torch.randn(self.options.clips, arch.frames, 3, *arch.image, device=self.device)
+        shape = (arch.tubelet, arch.patch, arch.patch)
+        convolution = nn.Conv3d(3, arch.width, shape, stride=shape).to(self.device)
+
+        def product() -> None:
+            model.embed(clips).sum().backward()
+
+        def convolved() -> None:
+            convolution(clips.transpose(1, 2)).flatten(2).transpose(1, 2).sum().backward()
+
+        return self.repeated(self.half(product)), self.repeated(self.half(convolved))
+
+    def half(self, call: Callable[[], None]) -> Callable[[], None]:
+        """The call under autocast where a GPU has it."""
+
+        def run() -> None:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                call()
+
+        return run
+
+    def bytes_to_device(self) -> tuple[Run, Run]:
+        """A batch on its way between processes and to the device: uint8, against float32."""
+        whole = self.batch.clips
+        floats = whole.float()
+        if self.device.type == "cuda":
+            whole, floats = whole.pin_memory(), floats.pin_memory()
+            return tuple(  # type: ignore[return-value]
+                self.repeated(functools.partial(tensor.to, self.device, non_blocking=True))
+                for tensor in (whole, floats)
+            )
+        return self.repeated(whole.clone), self.repeated(floats.clone)
+
+    def reduced(self, reduced: bool, *, height: int, width: int, folder: Path) -> Run:
+        """Loading on one core, with frames decoded smaller where they are much larger than needed, or not."""
+        index = make_frames(folder, videos=2, frames=40, height=height, width=width)
+        config = settings_for(self.options.sizes, frames=16, size=112, clips=4)
+        config.data.reduced_decode = reduced
+        dataset = training_set(index, config, 0)
+        return self.repeated(functools.partial(dataset.__getitems__, keys_of(index, 4)), 4)
+
+    def copied(self, side: bool) -> Run:
+        """Batches from pinned memory under training steps: on a stream of their own, or waited for."""
+        from vac_ddp.data.loader import to_device
+
+        ours = our_training(self.config, self.device)
+        pinned = self.batch.pin_memory() if self.device.type == "cuda" else self.batch
+
+        def plain() -> Iterator[Batch]:
+            while True:
+                yield self.batch.to(self.device)
+
+        def endless() -> Iterator[Batch]:
+            while True:
+                yield pinned
+
+        def run(watch: Stopwatch) -> float:
+            for batch in to_device(endless(), self.device) if side else plain():
+                ours.step([batch], watch.steps)
+                if not watch.tick(self.options.clips):
+                    break
+            return watch.rate
+
+        return run
+
+
+@contextlib.contextmanager
+def collecting_itself() -> Iterator[None]:
+    """The collector as Python leaves it, with the objects that a large program has."""
+    kept = [[{"a": i}] for i in range(400_000)]
+    try:
+        yield
+    finally:
+        del kept
+
+
+@contextlib.contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """The same objects, frozen."""
+    kept = [[{"a": i}] for i in range(400_000)]
+    with collected_by_hand():
+        yield
+    del kept
+
+
+def slowest(run: Run) -> Run:
+    """The inverse of the slowest of a round's steps, in place of their mean: what all ranks wait for."""
+
+    def measured(watch: Stopwatch) -> float:
+        ticks: list[float] = []
+        tick = watch.tick
+
+        def noted(clips: int) -> bool:
+            ticks.append(time.perf_counter())
+            return tick(clips)
+
+        watch.tick = noted  # type: ignore[method-assign]
+        run(watch)
+        gaps = sorted(b - a for a, b in itertools.pairwise(ticks[3:]))
+        return 1 / gaps[int(0.95 * (len(gaps) - 1))] if gaps else 0.0
+
+    return measured
+
+
+def levers(bench: Bench, folder: Path) -> list[Lever]:
+    """All of them."""
+    steps = bench.steps
+
+    def compiled(mode: str | None = None, dynamic: bool | None = None) -> Callable[[Any], None]:
+        def prepare(ours: Any) -> None:
+            for block in ours.stepper.model.blocks:
+                block._compiled_call_impl = None
+                block.compile(fullgraph=mode is None, mode=mode, dynamic=dynamic)
+
+        return prepare
+
+    def fp8() -> tuple[Run, Run]:
+        from torchao.float8 import convert_to_float8_training
+
+        return steps(lambda ours: convert_to_float8_training(ours.stepper.model.blocks)), steps()
+
+    def gpu_decode() -> tuple[Run, Run]:
+        raise NotImplementedError("train_step --gpu with data.decode=gpu and data.workers=2 against decode=cpu")
+
+    return [
+        Lever(
+            "blocks compiled before DDP",
+            "1.2 to 1.4 on a GPU",
+            lambda: (steps(train_compile=True), steps(train_compile=False)),
+        ),
+        Lever(
+            "compiled for each size apart (dynamic=False)",
+            "1.00 to 1.05",
+            lambda: (steps(compiled(None, False)), steps()),
+            gpu=True,
+        ),
+        Lever(
+            "max-autotune-no-cudagraphs",
+            "1.00 to 1.05",
+            lambda: (steps(compiled("max-autotune-no-cudagraphs")), steps()),
+            gpu=True,
+        ),
+        Lever(
+            "CUDA graphs (reduce-overhead)",
+            "1.00 at batch 32",
+            lambda: (steps(compiled("reduce-overhead")), steps()),
+            gpu=True,
+        ),
+        Lever(
+            "bf16 autocast, against fp32",
+            "4 to 8 on a GPU",
+            lambda: (steps(train_precision="bf16"), steps(train_precision="fp32")),
+        ),
+        Lever(
+            "bf16, against fp16 with a scaler",
+            "1.0 to 1.05: no synchronisation",
+            lambda: (steps(), steps(train_precision="fp16")),
+            gpu=True,
+        ),
+        Lever("fp8 linears (torchao)", "1.1 to 1.3", fp8, gpu=True),
+        Lever("attention: cuDNN", "1.05 to 1.1 on Hopper", lambda: bench.attention("CUDNN_ATTENTION"), gpu=True),
+        Lever("attention: flash", "1.00: what PyTorch takes", lambda: bench.attention("FLASH_ATTENTION"), gpu=True),
+        Lever("attention: memory-efficient", "0.9", lambda: bench.attention("EFFICIENT_ATTENTION"), gpu=True),
+        Lever("fused AdamW", "1.02 to 1.05", lambda: (steps(optim_fused=True), steps(optim_fused=False))),
+        Lever("q, k, v in one product (the linears alone)", "1.05 to 1.2", bench.one_qkv),
+        Lever("patch embedding as a product (alone)", "1.5 to 5", bench.matmul_patches),
+        Lever("uint8 to the device (the copy alone)", "4: a quarter of the bytes", bench.bytes_to_device),
+        Lever("copies on a side stream", "1.02", lambda: (bench.copied(True), bench.copied(False)), gpu=True),
+        Lever(
+            "no garbage collection in a step (95th percentile of steps)",
+            "1.0 to 1.2: the slowest rank counts",
+            lambda: (slowest(steps(around=collecting_by_hand)), slowest(steps(around=collecting_itself))),
+        ),
+        Lever(
+            "checkpointing all blocks (costs time, saves memory)",
+            "0.75",
+            lambda: (steps(train_checkpointing=99), steps()),
+        ),
+        Lever(
+            "reduced decode, 1280x720 frames for clips of 112",
+            "1.3 to 2",
+            lambda: tuple(bench.reduced(on, height=720, width=1280, folder=folder) for on in (True, False)),  # type: ignore[arg-type,return-value]
+        ),
+        Lever("JPEG decoding on the GPU (data.decode=gpu)", "2 and more with few cores", gpu_decode, gpu=True),
+    ]
+
+
+ELSEWHERE = [  # lever, expected, brought, where it was measured
+    [
+        "bf16 all-reduce (train.bf16_reduce)",
+        "half the bytes",
+        "half the bytes (computed times: scaling.md)",
+        "scaling.md",
+    ],
+    ["accumulation under no_sync", "one all-reduce a step", "bytes a step do not grow with it", "scaling.md"],
+    [
+        "simplejpeg, one buffer, chunks in the cache",
+        "2 over Pillow",
+        "2.2 over Pillow, 6.2 over the notebook",
+        "loader.md",
+    ],
+    ["packed sets on a local disk", "1.0", "1.00: they are for network file systems", "loader.md"],
+    ["Pillow-SIMD in place of Pillow", "1.5", "1.4, and 0.64 of ours", "loader.md"],
+    ["agreement of ranks read one step late", "under 0.5 % of a step", "0.14 %", "safety.md"],
+    [
+        "checkpoints written in the background",
+        "a snapshot's time alone",
+        "34 ms of 48 MB, then beside the steps",
+        "safety.md",
+    ],
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments("levers", __doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--part", default="1/1", help="k/K: every K-th lever from the k-th on (%(default)s)")
+    parser.add_argument("--only", help="levers whose name has this in it")
+    options = parser.parse_args(argv)
+    device = device_of()
+    cuda = device.type == "cuda"
+    options.sizes = {"size": "base"} if cuda and not options.dry else dict(SMALL)
+    options.size, options.clips = (224, 32) if cuda and not options.dry else (112, 4)
+    options.rounds = options.rounds or (2 if cuda else 5)
+    options.seconds = options.seconds or (2.0 if cuda else 1.2)
+    if options.dry:
+        options.sizes |= {"depth": 2, "width": 32, "heads": 2}
+        options.size, options.clips, options.rounds, options.seconds = 32, 2, 1, 0.05
+    result: dict[str, Any] = {"about": machine(device), "levers": []}
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(options, device, Path(name))
+        part, parts = map(int, options.part.split("/"))
+        for lever in levers(bench, Path(name))[part - 1 :: parts]:
+            if options.only and options.only not in lever.name:
+                continue
+            found = measured(lever, options, device)
+            result["levers"].append({"name": lever.name, "expected": lever.expected, **found})
+            rows.append([lever.name, lever.expected, found["brought"]])
+            print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
+    where = "gpu" if cuda else "cpu"
+    lines = ["# Levers", "", about_line("levers", result["about"]), ""]
+    lines += table(["lever", "expected", f"brought, on this {where.upper()} (rounds)"], rows)
+    lines += [
+        "Times as fast with the lever as without: the median of the ratios within a round, and the rounds' range. 'Not",
+        "measured yet' needs a GPU: `bash benchmarks/gpu.sh levers`.",
+        "",
+        "Measured by other benchmarks:",
+        "",
+    ]
+    lines += table(["lever", "expected", "brought", "where"], ELSEWHERE)
+    name = "levers" + ("_gpu" if cuda else "") + (f"_{part}" if parts > 1 else "")
+    write(options.out, name, result, lines, dry=options.dry)
+    return DONE
+
+
+def measured(lever: Lever, options: Any, device: torch.device) -> dict[str, Any]:
+    """The ratio of a lever, or why there is none."""
+    if lever.make is None or (lever.gpu and device.type != "cuda"):
+        return {"brought": "not measured yet"}
+    try:
+        with_lever, without = lever.make()
+        ratios = []
+        for turn in range(options.rounds):
+            rates = {}
+            for name, run in ((1, with_lever), (0, without)) if turn % 2 else ((0, without), (1, with_lever)):
+                rates[name] = run(Stopwatch(device, seconds=options.seconds, warm=3))
+            ratios.append(rates[1] / rates[0])
+        del with_lever, without
+    except Exception as error:
+        return {"brought": f"not to be had: {type(error).__name__}: {' '.join(str(error).split())[:90]}"}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    middle = statistics.median(ratios)
+    return {"ratios": ratios, "brought": f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
