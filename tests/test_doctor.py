@@ -14,7 +14,7 @@ from tests.runs import make_videos, one_line
 from tests.support import REPO, environment
 from vac_ddp.data.decode import decode_frame
 from vac_ddp.settings import Config
-from vac_ddp.tools import doctor
+from vac_ddp.tools import doctor, machine
 
 GPU = doctor.Found(
     workers=4,
@@ -80,10 +80,10 @@ def test_advice_does_not_name_what_is_set_already() -> None:
 
 
 def test_decoding_is_what_a_clock_says(tmp_path: Path) -> None:
-    frames = [path.read_bytes() for path in doctor.make_sample(tmp_path)]
+    frames = [path.read_bytes() for path in machine.make_sample(tmp_path)]
     assert 15 < sum(map(len, frames)) / len(frames) / 1024 < 40
     config = Config()
-    rate = doctor.decode_rate_together(frames, config, 1)
+    rate = machine.decode_rate_together(frames, config, 1)
     for data in frames:
         decode_frame(data)
     begin = time.perf_counter()
@@ -95,10 +95,10 @@ def test_decoding_is_what_a_clock_says(tmp_path: Path) -> None:
 
 def test_frames_are_looked_for_within_bounds(tmp_path: Path) -> None:
     make_videos(tmp_path / "data", classes=2, videos=40, frames=12)
-    found = doctor.sample_frames(tmp_path / "data")
-    assert 0 < len(found) <= doctor.SAMPLE
+    found = machine.sample_frames(tmp_path / "data")
+    assert 0 < len(found) <= machine.SAMPLE
     assert len({path.parent for path in found}) > 10
-    assert doctor.sample_frames(tmp_path / "nothing") == []
+    assert machine.sample_frames(tmp_path / "nothing") == []
 
 
 def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
