@@ -10,6 +10,7 @@ from collections.abc import Callable
 from vac_ddp import __version__, errors
 
 COMMANDS = {
+    "init": ("vac_ddp.tools.init", "look at your frames and write settings that fit them"),
     "train": ("vac_ddp.tools.launch", "train a classifier (--nproc N: under torchrun)"),
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
     "score": ("vac_ddp.tools.score", "turn views files into scores, ensembles and a submission"),

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +109,7 @@ def prediction_settings(saved: dict[str, Any], options: Options, where: str) -> 
     """The run's settings with what the command line changes. UserError for a setting that means nothing here."""
     config = settings_io.from_dict(saved, where=where)
     if options.views:
-        windows, x, rest = options.views.removesuffix("+flip").partition("x")
-        if not (windows.isdigit() and int(windows) and x and rest in ("1", "3")):
-            raise UserError(f"--views {options.views}: expected KxC with C 1 or 3, as 5x3 or 2x3+flip")
-        views = config.predict.views
-        views.windows, views.count, views.crops = "spread", int(windows), int(rest)
-        views.flip = options.views.endswith("+flip")
+        set_views(config, options.views)
     for word in options.words:
         settings_io.override(config, word)
         if not word.startswith(CHANGEABLE):
@@ -122,6 +118,16 @@ def prediction_settings(saved: dict[str, Any], options: Options, where: str) -> 
         config.data.workers = 0
     settings_io.check(config)
     return config
+
+
+def set_views(config: Config, text: str) -> None:
+    """Windows, crops and mirroring as in 5x3 or 2x3+flip."""
+    windows, x, rest = text.removesuffix("+flip").partition("x")
+    if not (windows.isdigit() and int(windows) and x and rest in ("1", "3")):
+        raise UserError(f"--views {text}: expected KxC with C 1 or 3, as 5x3 or 2x3+flip")
+    views = config.predict.views
+    views.windows, views.count, views.crops = "spread", int(windows), int(rest)
+    views.flip = text.endswith("+flip")
 
 
 Kind = Literal["video file", "frames", "test", "labelled"]
@@ -205,7 +211,8 @@ def _predict_folder(
             index, sources = prediction.part_of(index, source.path.parent, config, options.part)
         task = prediction.make_task(config, source, index, device, sources=sources)
         distributed.main_first(lambda: prediction.gate(task.head.ids, options.sample), lambda: None)
-        done = prediction.score(task, config, source, index, device, out, overwrite=options.overwrite, stop=stop)
+        scorer = prediction.open_scorer(config, source, device)
+        done = prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=stop)
         prediction.say_how(done, task)
         failed = distributed.main_first(lambda: prediction.finish(out, config, options.sample), list)
     failed = distributed.broadcast_object(failed)
@@ -225,16 +232,13 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
         raise UserError(f"{options.data} is one video: start `vac predict` without torchrun")
     with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
         root = Path(scratch) / "data"
-        root.mkdir()
-        if kind == "frames":
-            (root / options.data.resolve().name).symlink_to(options.data.resolve(), target_is_directory=True)
-        else:
-            prediction.unpack_video(options.data, root / options.data.stem, short_side=2 * config.clip.size)
+        prediction.lay_out(options.data, kind, root, short_side=2 * config.clip.size)
         config.data.cache, config.data.workers = scratch, 0
         out = options.out or Path(scratch) / "out"
         index = prediction.read_index(root, config, source, out, labelled=False)
         task = prediction.make_task(config, source, index, device)
-        prediction.score(task, config, source, index, device, out, overwrite=options.overwrite, stop=lambda: 0)
+        scorer = prediction.open_scorer(config, source, device)
+        prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=lambda: 0)
         views = read_views(out)
         if views.failed[0]:
             raise UserError(f"{options.data}: no frame of it can be decoded")
@@ -267,5 +271,19 @@ def _start_ranks(argv: list[str]) -> int:
     return main(rest) if ranks == 1 else run_ranks("vac_ddp.predict", rest, ranks)
 
 
+class _Door(types.ModuleType):
+    """A module that can also be called: `from vac_ddp import predict` means `api.predict` to a program of yours.
+
+    The name is this module's, as `python -m vac_ddp.predict` is promised, and a function of the package of the same
+    name would be gone as soon as anything imports the module.
+    """
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        from vac_ddp import api
+
+        return api.predict(*arguments, **named)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = _Door

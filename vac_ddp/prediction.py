@@ -167,34 +167,36 @@ def _sources(config: Config, index: Index, names: list[str]) -> list[str]:
     return list(found.groups) if found.grammar != "none" else [""] * len(names)
 
 
-def score(
-    task: Task,
-    config: Config,
-    source: Source,
-    index: Index,
-    device: torch.device,
-    out: Path,
-    *,
-    overwrite: bool,
-    stop: Callable[[], int],
-) -> Done:
-    """Load the model and send all views through it."""
+def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
+    """The model of a checkpoint on its device, with what its views need."""
     wanted = dataclasses.replace(config.model, weights=str(source.path))
     loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
     if loaded.report.missing:
         raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
-    precision = task.head.about["settings"]["precision"]
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    views = config.predict.views
-    scorer = Scorer(
+    return Scorer(
         model=loaded.model.to(device).eval(),
         device=device,
-        autocast=AUTOCAST[precision],
+        autocast=AUTOCAST[precision_of(config, device)],
         mean=tuple(loaded.mean),
         std=tuple(loaded.std),
-        flip=views.flip,
+        flip=config.predict.views.flip,
         clips_per_gpu=config.predict.clips_per_gpu,
     )
+
+
+def score(
+    task: Task,
+    config: Config,
+    scorer: Scorer,
+    index: Index,
+    out: Path,
+    *,
+    overwrite: bool,
+    stop: Callable[[], int],
+    quiet: bool = False,
+) -> Done:
+    """Send all views through the model."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     return predict_views(
         task,
@@ -203,7 +205,7 @@ def score(
             index,
             np.arange(len(index)),
             config.clip,
-            views,
+            config.predict.views,
             tolerant=True,
             reduced=config.data.reduced_decode,
         ),
@@ -214,7 +216,7 @@ def score(
         overwrite=overwrite,
         stop=lambda: bool(stop()),
         say=say,
-        progress=_bar() if distributed.is_main() and sys.stderr.isatty() else lambda done, total: None,
+        progress=_bar() if distributed.is_main() and sys.stderr.isatty() and not quiet else lambda done, total: None,
     )
 
 
@@ -289,6 +291,15 @@ def finish(out: Path, config: Config, sample: str | None) -> list[str]:
     say(f"submission   {out / 'submission.csv'}")
     say(f"views        {views.path} (vac score reads it)")
     return [name for name, failed in zip(views.ids, views.failed.tolist(), strict=True) if failed]
+
+
+def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> None:
+    """Make `root` a data set of the one video `data`: a folder of frames, or a "video file", which is unpacked."""
+    root.mkdir()
+    if kind == "frames":
+        (root / data.resolve().name).symlink_to(data.resolve(), target_is_directory=True)
+    else:
+        unpack_video(data, root / data.stem, short_side=short_side)
 
 
 def unpack_video(path: Path, folder: Path, *, short_side: int) -> None:

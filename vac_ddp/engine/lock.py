@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ class RunLock:
         with contextlib.suppress(OSError, ValueError):
             if json.loads(self.path.read_text()) == _own():
                 self.path.unlink()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether somebody seems to hold the lock of `folder`; for people to read: takes nothing, writes nothing."""
+    path = folder / "run.lock"
+    try:
+        owner, age = json.loads(path.read_text() or "{}"), time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    if owner.get("host") == socket.gethostname():
+        return _started(int(owner.get("pid", -1))) == owner.get("started")
+    return age < STALE_S
 
 
 def _own() -> dict[str, Any]:

@@ -61,6 +61,43 @@ def curves(epochs: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) ->
         return _svg(figure)
 
 
+COMPARED = (
+    ("training loss", "train_loss", "epoch"),
+    ("validation loss", "val_loss", "epoch"),
+    ("training accuracy", "train_accuracy", "epoch"),
+    ("validation accuracy", "val_top1", "epoch"),
+    ("learning rate", "lr", "step"),
+    ("clips a second", "clips_per_s", "step"),
+)
+
+
+def compare(runs: dict[str, Sequence[dict[str, Any]]]) -> bytes:
+    """Curves of several runs side by side as PNG, over epochs and steps.
+
+    runs: by the name that is shown, the lines of metrics.jsonl. A run keeps its colour and line in every plot.
+    """
+    with _style():
+        figure, grid = _figure(12.0, 8.4, 3, 2)
+        for axis, (title, key, over) in zip(grid.flat, COMPARED, strict=True):
+            axis.set_title(title)
+            axis.set_xlabel(over)
+            for number, lines in enumerate(runs.values()):
+                points = [(line[over], line[key]) for line in lines if line.get(key) is not None and over in line]
+                if points:
+                    colour, line = f"C{number % 10}", ("-", "--", ":", "-.")[number // 10 % 4]
+                    marker = "." if len(points) < 40 else None
+                    axis.plot(*zip(*points, strict=True), line, color=colour, marker=marker)
+            axis.set_ylim(0, 1.02 if "accuracy" in title else max(1e-9, 1.05 * axis.dataLim.y1))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        handles = [
+            grid[0][0].plot([], [], ("-", "--", ":", "-.")[i // 10 % 4], color=f"C{i % 10}")[0]
+            for i in range(len(runs))
+        ]
+        labels = [_short(name, 60).replace("$", r"\$") for name in runs]
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        return png(figure)
+
+
 def throughput(steps: Sequence[dict[str, Any]]) -> bytes:
     """Clips a second, and the share of the time in which rank 0 waited for data, over steps; utilisation if known."""
     with _style():

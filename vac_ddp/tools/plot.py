@@ -1,0 +1,61 @@
+"""`vac plot RUN...`: curves of several runs side by side, as one PNG."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vac_ddp.errors import UserError
+from vac_ddp.files import read_json_lines, write_atomic
+from vac_ddp.report import plots
+
+ABOUT = "Draw loss, accuracy, learning rate and speed of several runs side by side."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the runs and write the picture; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vac plot", description=ABOUT, allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+    parser.add_argument("--out", metavar="FILE", default="curves.png", help="what to write (default: curves.png)")
+    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
+    options = parser.parse_args(argv)
+    out = Path(options.out).expanduser()
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: a name that ends in .png")
+    curves = {name: read_curves(Path(run).expanduser()) for name, run in named(options.runs).items()}
+    picture = plots.compare(curves)
+    write_atomic(out, lambda stream: stream.write(picture))
+    print(f"curves  {out}")
+    return 0
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+def named(runs: list[str]) -> dict[str, str]:
+    """The runs by the ends of their paths, as short as they differ."""
+    parts = [Path(run).expanduser().resolve().parts for run in dict.fromkeys(runs)]
+    length = 1
+    while len({path[-length:] for path in parts}) < len({*parts}):
+        length += 1
+    return {"/".join(path[-length:]): str(Path(*path)) for path in parts}
+
+
+def read_curves(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} is no run directory: it has no metrics.jsonl")
+    lines = [line for line in read_json_lines(path) if line.get("kind") in ("train", "epoch")]
+    if not lines:
+        raise UserError(f"{path} has no figures yet: wait for the first {run.name} writes, or leave it out")
+    return lines
+
+
+if __name__ == "__main__":
+    from vac_ddp.cli import run as run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))
