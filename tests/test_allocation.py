@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import Workplace
+from tests.support import REPO
 from vac_ddp.engine.signals import StopRequest, end_of_allocation, save_by
 
 
@@ -68,3 +69,28 @@ def test_torchrun_is_not_told_of_an_error_of_the_users(tmp_path: Path, only: str
     assert done.returncode == expected
     assert json.loads(told.read_text())["status"] == 2
     assert len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_what_was_to_be_overwritten_is_thrown_away_once(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    assert place.alone("a").returncode == 0
+    job = {"SLURM_JOB_ID": "5"}
+    words = place.arguments("a", "run.overwrite=true")
+    stopped = place.python("-m", "vac_ddp.train", *words, **job, SLURM_JOB_END_TIME=str(int(time.time())))
+    assert stopped.returncode == 75, stopped.stderr
+    again = place.python("-m", "vac_ddp.train", *words, **job, SLURM_RESTART_COUNT="1")
+    assert again.returncode == 0 and "resumed at step" in again.stdout, again.stdout + again.stderr
+    other = place.python("-m", "vac_ddp.train", *words, SLURM_JOB_ID="6", SLURM_RESTART_COUNT="1")
+    assert other.returncode == 0 and "resumed" not in other.stdout  # its first attempt had not begun
+
+
+def test_killed_before_its_first_checkpoint_a_run_keeps_its_name_at_wandb(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    words = ("log.wandb=offline", "checkpoint.every_steps=null")
+    fault = {"FAULT": "SIGKILL step=1 rank=0", "FAULT_DONE": str(tmp_path / "fault")}
+    place.python(REPO / "tests" / "drivers" / "fault.py", *place.arguments("a", *words), **fault)
+    name = (tmp_path / "a" / "wandb_id").read_text().strip()
+    assert not list((tmp_path / "a" / "checkpoints").glob("step-*.pt"))
+    done = place.python("-m", "vac_ddp.train", *place.arguments("a", *words), SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0 and "has no checkpoint yet" in done.stdout, done.stderr
+    assert place.state("a")["wandb_id"] == name

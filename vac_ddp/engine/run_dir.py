@@ -29,6 +29,8 @@ OURS = (
     "validation.npz",
     "report.html",
     "interrupted.json",
+    "overwrote.json",
+    "wandb_id",
     "checkpoints",
     "predictions",
     "logs",
@@ -37,6 +39,10 @@ OURS = (
 )
 
 OVERWRITTEN = ".overwritten"
+# Which start threw an earlier run away: its later attempts go on with what it has made since.
+OVERWROTE = "overwrote.json"
+# What a run keeps that was killed before its first checkpoint: what it said, and its name for W&B.
+KEPT = ("log.txt", "wandb_id", OVERWROTE)
 
 # What may be another at a resume: it changes no sample, no gradient and no schedule.
 CHANGEABLE = (
@@ -78,6 +84,7 @@ class OpenRun:
         """The run starts: what it overwrites goes."""
         self.begun = True
         if (self.folder / OVERWRITTEN).exists():
+            files.write_json(self.folder / OVERWROTE, {"start": _start()})
             shutil.rmtree(self.folder / OVERWRITTEN)
 
     def discard(self) -> None:
@@ -100,6 +107,17 @@ def restarted() -> bool:
     return any(int(os.environ.get(n, "0")) > 0 for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def _start() -> str | None:
+    """What all attempts of one start have in common."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _overwrote(folder: Path) -> bool:
+    """Whether an earlier attempt of this start has thrown away what was in the directory."""
+    told = folder / OVERWROTE
+    return restarted() and told.exists() and files.read_json(told)["start"] == _start() is not None
+
+
 def open_run(settings: RunSettings, values: dict[str, Any], say: Callable[[str], None]) -> OpenRun:
     """Take the directory for this run: rank 0 only.
 
@@ -107,7 +125,8 @@ def open_run(settings: RunSettings, values: dict[str, Any], say: Callable[[str],
     where the directory is in use, holds a run and neither resume nor overwrite was asked, or cannot be written.
     """
     folder = Path(settings.dir)
-    resume = "auto" if settings.resume == "none" and restarted() and not settings.overwrite else settings.resume
+    overwrite = settings.overwrite and not _overwrote(folder)
+    resume = "auto" if settings.resume == "none" and restarted() and not overwrite else settings.resume
     explicit = Path(resume) if resume not in ("auto", "none") else None
     if settings.overwrite and explicit is not None:
         raise UserError("run.overwrite=true and run.resume=PATH exclude each other: give one of them")
@@ -124,7 +143,7 @@ def open_run(settings: RunSettings, values: dict[str, Any], say: Callable[[str],
     lock = RunLock(folder)
     lock.take()
     try:
-        return _open_locked(folder, lock, settings, resume, explicit, values, say)
+        return _open_locked(folder, lock, overwrite, resume, explicit, values, say)
     except BaseException:
         lock.release()
         raise
@@ -133,7 +152,7 @@ def open_run(settings: RunSettings, values: dict[str, Any], say: Callable[[str],
 def _open_locked(
     folder: Path,
     lock: RunLock,
-    settings: RunSettings,
+    overwrite: bool,
     resume: str,
     explicit: Path | None,
     values: dict[str, Any],
@@ -142,7 +161,7 @@ def _open_locked(
     present = _ours(folder)
     known = ("run.lock", OVERWRITTEN)
     foreign = [e.name for e in folder.iterdir() if e not in present and not e.name.startswith(known)]
-    if settings.overwrite:
+    if overwrite:
         (folder / OVERWRITTEN).mkdir(exist_ok=True)
         for path in present:
             path.replace(folder / OVERWRITTEN / path.name)
@@ -170,7 +189,7 @@ def _open_locked(
     if newest is None:
         if present:
             say(f"{folder} has no checkpoint yet: starting from the beginning")
-            _remove([p for p in present if p.name != "log.txt"])
+            _remove([p for p in present if p.name not in KEPT])
         return OpenRun(folder=folder, lock=lock)
     path, state, facts = newest
     _compare(facts.get("config", {}), values, path)

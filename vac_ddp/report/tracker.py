@@ -148,9 +148,13 @@ class Tracker:
             except services.Unavailable as error:
                 self.say(f"going on without TensorBoard: {error}")
         if self.settings.wandb != "disabled":
+            kept = self.folder / "wandb_id"  # of an attempt that was killed before its first checkpoint
+            if wandb_id is None and kept.exists():
+                wandb_id = kept.read_text(encoding="utf-8").strip()
             try:
                 self._wandb = services.start_wandb(self.settings, self.folder, config, name, wandb_id)
                 self.wandb_id = self._wandb.id
+                write_text(kept, f"{self.wandb_id}\n")
                 self.say(f"W&B: {services.where_to_look(self._wandb, self.settings)}", fit=False)
                 self._catch_up()
             except services.Unavailable as error:
