@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# K grouped folds as an array: every task trains one and predicts with it, and the last one to finish scores them together.
+#
+#     sbatch --array=1-5 slurm/kfold.sh --config hmdb51_videomae_base data.train=data_train run.dir=runs/folds
+#     TEST=data_test SEED=1 sbatch --array=1-5 slurm/kfold.sh run.dir=runs/folds
+#     FOLDS=5 sbatch --array=2 slurm/kfold.sh run.dir=runs/folds        # fold 2 of 5 once more, after it had failed
+#
+# Words after the script go to vac_ddp.train; run.dir=DIR is the folder of all folds. TEST: the folder to predict
+# [data_test]. SEED [0]. The result is DIR/ensemble: submission.csv, members.csv, scores of every held-out video.
+
+# ---- what sites differ in
+##SBATCH --partition=gpu
+##SBATCH --account=project
+#SBATCH --array=1-5
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=08:00:00
+#SBATCH --job-name=vac-kfold
+#SBATCH --output=%x-%A_%a.log
+
+# ---- what makes preemption safe
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:USR1@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+# ---- the environment, where it is more than VAC_HOME/.venv
+# module load cuda
+# export VAC_PYTHON=/path/to/venv/bin/python
+
+# shellcheck source=slurm/common.sh
+source "${VAC_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+
+folds=${FOLDS:-$SLURM_ARRAY_TASK_MAX} seed=${SEED:-0} test=${TEST:-data_test} fold=$SLURM_ARRAY_TASK_ID
+base=runs/default
+for word in "$@"; do [ "${word%%=*}" != run.dir ] || base=${word#run.dir=}; done
+name=$(basename "$(realpath -m "$test")")
+[ "$name" != val ] || name="test" # val: the fold's own part
+member() { printf '%s/fold%sof%s_seed%s' "$base" "$1" "$folds" "$seed"; }
+
+start_ranks "${VAC_MODULE:-vac_ddp.train}" "$@" "seed=$seed" "data.fold=$fold/$folds" "run.dir=$(member "$fold")" run.resume=auto
+may_go_on
+start_ranks vac_ddp.predict -- --run "$(member "$fold")" --part val
+may_go_on
+start_ranks vac_ddp.predict -- --run "$(member "$fold")" --data "$test" --out "$(member "$fold")/predictions/$name"
+may_go_on
+
+for ((other = 1; other <= folds; other++)); do
+    if [ ! -e "$(member "$other")/predictions/$name/views.npz" ]; then
+        say "fold $fold is done; fold $other is not yet, the last one to finish scores them together"
+        exit 0
+    fi
+done
+say "all $folds folds are done: scoring them together"
+"$python" -m vac_ddp.cli ensemble --score-only --folds "$folds" --seeds "$seed" --data "$test" --nproc 1 "$@"

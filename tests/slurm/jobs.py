@@ -1,0 +1,75 @@
+"""Training jobs of the tests: submitted, held at a step, disturbed, and compared with an undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.runs import Workplace, assert_same_end
+from tests.slurm.cluster import Cluster
+from tests.support import REPO
+
+HELD = "tests.drivers.hold"
+
+
+class Jobs:
+    """A workplace whose runs are SLURM jobs."""
+
+    def __init__(self, cluster: Cluster, place: Workplace) -> None:
+        self.cluster, self.place, self.folder = cluster, place, place.folder
+        self.whole = ""
+
+    def words(self, run: str, *words: str) -> list[str]:
+        """The settings of a run; no checkpoints but those of epochs and of interruptions."""
+        return self.place.arguments(run, "checkpoint.every_steps=null", *words)
+
+    def train(
+        self, run: str, *words: str, nodes: int = 1, sbatch: tuple[str, ...] = (), hold: str = "", **extra: str
+    ) -> str:
+        """Submit slurm/train.sh with one rank on each of two nodes, or two on one; the job's number.
+
+        hold: steps at which rank 0 waits for what will disturb it (drivers/hold.py).
+        """
+        if hold:
+            extra |= {"VAC_MODULE": HELD, "HOLD_AT": hold, "HOLD_MARK": str(self.mark(run))}
+        gpus = f"--gpus-per-node={2 // nodes}"  # stand-ins: a rank a GPU
+        sbatch = ("--cpus-per-task=2", *sbatch)
+        return self.cluster.sbatch(
+            f"--nodes={nodes}", gpus, *sbatch, str(REPO / "slurm" / "train.sh"),
+            *self.words(run, *words), cwd=self.folder, **extra,
+        )  # fmt: skip
+
+    def mark(self, run: str) -> Path:
+        """The beginning of the names of the files that say where a run is held."""
+        return self.folder / f"{run}.held"
+
+    def held(self, job: str, run: str, step: int) -> None:
+        """Wait until the run is held before a step."""
+        path = Path(f"{self.mark(run)}.{step}")
+        self.cluster.until(path.exists, 180, lambda: f"{path.name}: {self.cluster.info(job)}\n{self.log(job)}")
+
+    def release(self, run: str, step: int) -> None:
+        """Let a run that is held go on."""
+        Path(f"{self.mark(run)}.{step}.go").touch()
+
+    def log(self, job: str, name: str = "vac-train") -> str:
+        """What the job wrote."""
+        path = self.folder / f"{name}-{job}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else f"no {path.name}"
+
+    def wandb_ids(self, run: str) -> list[str]:
+        """The W&B ids of a run's attempts, in the order of time (folders are offline-run-<time>-<id>)."""
+        return [path.name.rpartition("-")[2] for path in sorted((self.folder / run / "wandb").glob("offline-run-*"))]
+
+    def came_through(self, job: str, run: str, *, restarts: int, attempts: int | None = None) -> None:
+        """The job is done after so many restarts, and its run is the undisturbed one in everything it left."""
+        info = self.cluster.wait(job)
+        assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), self.log(
+            job
+        )
+        assert_same_end(self.place, "whole", run)
+        steps = self.place.steps(run)
+        assert steps == sorted(set(steps)) == list(range(1, 13))
+        ids = self.wandb_ids(run)
+        assert len(ids) == (restarts + 1 if attempts is None else attempts) and len(set(ids)) == 1, ids
+        assert not (self.folder / run / "interrupted.json").exists()
+        assert not list(self.folder.glob(f".vac-status-{job}-*")), "the script leaves no status file behind"
