@@ -67,7 +67,8 @@ def make_stepper(
     ema = Ema(model, config.train.ema_decay) if config.train.ema_decay is not None else None
     if resumed.yes and ema is not None:
         _broadcast_state(ema.module, resumed.part("ema"))
-    flops, matmul = clip_flops(model, config.clip), matmul_rate(device, AUTOCAST[precision])
+    flops = clip_flops(model, config.clip) if distributed.is_main() else None  # rank 0 writes the figures
+    matmul = matmul_rate(device, AUTOCAST[precision])
     compile_if_it_works(
         model,
         lambda: train_pass(model, config.clip, clips_per_gpu, device, AUTOCAST[precision]),

@@ -24,27 +24,24 @@ GIB = 1 << 30
 def clip_flops(model: nn.Module, clip: ClipSettings) -> tuple[float, float] | None:
     """FLOP of one clip, (forward, forward and backward), a multiply-add counting as two.
 
-    Counted on a pass without values: nothing is computed. What checkpointing computes again does not count, and
-    neither do the gradients of frozen layers. None where a model cannot be run so.
+    Counted on one real pass, without autocast, that leaves nothing behind. What checkpointing computes again does not
+    count, and neither do the gradients of frozen layers. None where such a pass is not possible.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    def bare(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device
     again, model.checkpointing = model.checkpointing, 0
     counter = FlopCounterMode(display=False)
     try:
-        with FakeTensorMode(), counter, sdpa_kernel(SDPBackend.MATH):  # others compute scores again going back
-            tensors = {name: bare(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-            clips = torch.empty(1, clip.frames, 3, clip.size, clip.size)
-            noise = torch.empty(1, model.noise_size)
-            loss = torch.func.functional_call(model, tensors, (clips, noise)).sum()
+        with counter, sdpa_kernel(SDPBackend.MATH):  # others compute scores again going back
+            clips = torch.zeros(1, clip.frames, 3, clip.size, clip.size, device=device)
+            noise = torch.full((1, model.noise_size), 0.5, device=device)
+            loss = model(clips, noise).sum()
             forward = counter.get_total_flops()
-            loss.backward()
-    except (RuntimeError, NotImplementedError):  # an operation that needs values
+            torch.autograd.grad(loss, trained, allow_unused=True)
+    except (RuntimeError, NotImplementedError):  # out of memory, an operation that cannot be counted
         return None
     finally:
         model.checkpointing = again
