@@ -19,6 +19,7 @@ from vac_ddp import config as settings_io
 from vac_ddp import distributed, files
 from vac_ddp.data.augment import flip_guard
 from vac_ddp.data.dataset import TrainClips
+from vac_ddp.data.gpu_decode import check_decoder
 from vac_ddp.data.loader import Batch, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.engine import checkpoint, health, run_dir
@@ -176,6 +177,7 @@ def _build(
     loaders: list[Any],
 ) -> Job:
     """Model, optimizer and loop; `loaders` gets what must be closed."""
+    check_decoder(config.data.decode, device)
     folder = Path(config.run.dir)
     facts = distributed.broadcast_object(run.facts if run is not None else None)
     resumed = Resumed(

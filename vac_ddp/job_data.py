@@ -105,7 +105,13 @@ def make_validation(
     videos, world = data.split.val, distributed.world_size()
     places = rank_places(len(videos), distributed.rank(), world)
     dataset = TestViews(
-        data.val_index, videos, config.clip, config.val, tolerant=False, reduced=config.data.reduced_decode
+        data.val_index,
+        videos,
+        config.clip,
+        config.val,
+        tolerant=False,
+        reduced=config.data.reduced_decode,
+        decode=config.data.decode,
     )
     views = config.val.crops * (len(config.val.offsets) if config.val.windows == "offsets" else config.val.count)
     at_once = max(1, stepper.clips_per_gpu // views)

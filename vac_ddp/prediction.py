@@ -17,6 +17,7 @@ import torch
 
 from vac_ddp import __version__, distributed
 from vac_ddp.data.dataset import TestViews
+from vac_ddp.data.gpu_decode import check_decoder
 from vac_ddp.data.index import Index, cache_path, open_index
 from vac_ddp.data.loader import worker_count
 from vac_ddp.data.sampling import test_windows
@@ -110,6 +111,8 @@ def make_task(
     }
     fingerprint = {"weights": source.sha256[:16], "data": data_mark(index)}
     fingerprint |= {"precision": precision}
+    if config.data.decode != "cpu":
+        fingerprint |= {"decode": config.data.decode}
     for group in ("clip", "views"):
         fingerprint |= {f"{group}.{name}": str(value) for name, value in settings[group].items()}
     return Task(
@@ -196,6 +199,7 @@ def score(
     quiet: bool = False,
 ) -> Done:
     """Send all views through the model."""
+    check_decoder(config.data.decode, scorer.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     return predict_views(
@@ -208,6 +212,7 @@ def score(
             config.predict.views,
             tolerant=True,
             reduced=config.data.reduced_decode,
+            decode=config.data.decode,
         ),
         out,
         workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),

@@ -43,6 +43,9 @@ class DataSettings:
     limit: int | None = setting(None, "use only so many videos of each part (a quick look, --debug)")
     workers: int | None = setting(None, "loader processes a rank; default: the cores it has, at most 16")
     prefetch: int = setting(4, "batches that each loader process keeps ready")
+    decode: Literal["cpu", "gpu"] = setting(
+        "cpu", "gpu: JPEGs are decoded on the GPU (nvJPEG), for machines with few cores; pixels differ a little"
+    )
     reduced_decode: bool = setting(True, "decode frames much larger than needed at 1/2, 1/4 or 1/8 of their size")
 
 

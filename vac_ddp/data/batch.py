@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from vac_ddp.data.augment import HOST_PARAMETERS
+from vac_ddp.data.gpu_decode import Layout, decode_clips
 
 
 @dataclass(kw_only=True)
@@ -21,7 +22,7 @@ class Batch:
     Rows stand in units: the two clips of a pair (clip r of draw a, clip r of draw b) are neighbours, so an even number
     of rows from an even start is whole pairs; a clip without a partner is among the last R rows.
 
-    clips : (B, T, S, S, 3) uint8
+    clips : (B, T, S, S, 3) uint8; (L,) uint8, JPEG files behind each other, as long as there is a layout
     labels : (B,) int64
     samples : (B,) int64, sample numbers of the epoch
     videos : (B,) int64, numbers in the index
@@ -30,6 +31,7 @@ class Batch:
         own; and the parameters of `mix`
     units : (U, 2) int64, the rows of every pair, -1 for none
     damage : one line for every damaged frame that was met and replaced; a `Loader` names each once
+    layout : where the clips are in the files, with data.decode=gpu; None from `to` on
     """
 
     clips: Tensor
@@ -40,18 +42,20 @@ class Batch:
     params: dict[str, Tensor]
     units: Tensor
     damage: list[str] = field(default_factory=list)
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """What the step computes with on `device`; the parameters of `augment_clips` stay in host memory."""
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("clips", "labels", "noise")}
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("labels", "noise")}
+        moved["clips"] = _clips_on(self.clips, self.layout, device, non_blocking)
         params = {
             name: value if name in HOST_PARAMETERS else value.to(device, non_blocking=non_blocking)
             for name, value in self.params.items()
         }
-        return replace(self, params=params, **moved)
+        return replace(self, params=params, layout=None, **moved)
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory (called by the DataLoader's pinning thread)."""
@@ -81,6 +85,7 @@ class TestBatch:
     labels : (N,) int64, -1 where there is none
     decoded : (N,) bool, False: no frame of the video could be decoded, its clips are zero
     damage : one line for every damaged frame that was met; a `Loader` names each once
+    layout : as in `Batch`
     """
 
     __test__ = False
@@ -91,13 +96,14 @@ class TestBatch:
     labels: Tensor
     decoded: Tensor
     damage: list[str] = field(default_factory=list)
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.places)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TestBatch:
         """The clips on `device`, the rest stays in host memory."""
-        return replace(self, clips=self.clips.to(device, non_blocking=non_blocking))
+        return replace(self, clips=_clips_on(self.clips, self.layout, device, non_blocking), layout=None)
 
     def pin_memory(self) -> TestBatch:
         """The same with the clips in page-locked memory."""
@@ -114,6 +120,10 @@ class TestBatch:
         vars(self).update(_as_tensors(state))
 
 
+def _clips_on(clips: Tensor, layout: Layout | None, device: torch.device, non_blocking: bool) -> Tensor:
+    return clips.to(device, non_blocking=non_blocking) if layout is None else decode_clips(clips, layout, device)
+
+
 def _small_as_arrays(fields: dict[str, Any]) -> dict[str, Any]:
     """What goes between processes: only the clips by shared memory, which costs a file descriptor a tensor."""
     return {name: v.numpy() if isinstance(v, Tensor) and name != "clips" else v for name, v in fields.items()}
@@ -128,6 +138,16 @@ def clip_buffer(*shape: int) -> Tensor:
     if get_worker_info() is None or 0 in shape:
         return torch.empty(shape, dtype=torch.uint8)
     return default_collate([torch.zeros(1, dtype=torch.uint8).expand(shape[1:])] * shape[0])
+
+
+def file_buffer(files: list[bytes]) -> Tensor:
+    """The files behind each other, (L,) uint8; in a loader process in shared memory."""
+    buffer = clip_buffer(1, max(1, sum(map(len, files))))[0]
+    at = 0
+    for data in files:
+        buffer[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        at += len(data)
+    return buffer
 
 
 def unit_rows(draws: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch.utils.data import Dataset
 
 from vac_ddp.data.augment import draw_crop_box, draw_parameters
-from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, unit_rows
+from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, file_buffer, unit_rows
 from vac_ddp.data.frames import NoFrame, read_clip, view_boxes
+from vac_ddp.data.gpu_decode import Gathering
 from vac_ddp.data.mixing import draw_mixing
 from vac_ddp.data.sampler import Key
 from vac_ddp.data.sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, test_windows, train_frames
@@ -59,7 +61,7 @@ class TrainClips(Dataset):
     def __getitem__(self, key: Key | tuple[int, int, int]) -> dict[str, Any]:
         clip = self.settings.clip
         clips = torch.empty((self._repeats, clip.frames, clip.size, clip.size, 3), dtype=torch.uint8)
-        damage = self._read(key, clips)
+        damage = self._read(key, self._into(clips))
         facts, params = self._facts(key), self._params(key)
         return {
             "clips": clips,
@@ -72,11 +74,18 @@ class TrainClips(Dataset):
         """The load batch of `keys`, decoded straight into its place."""
         clip, repeats = self.settings.clip, self._repeats
         rows, units = unit_rows(len(keys), repeats)
-        clips = clip_buffer(rows.size, clip.frames, clip.size, clip.size, 3)
         damage: list[str] = []
-        for key, places in zip(keys, rows, strict=True):
-            step = int(places[1] - places[0]) if repeats > 1 else 1
-            damage += self._read(key, clips[places[0] : places[-1] + 1 : step])
+        layout = None
+        if self.settings.data.decode == "gpu":
+            gathering = Gathering(rows.size, clip.frames)
+            for key, places in zip(keys, rows, strict=True):
+                damage += self._read(key, functools.partial(gathering.add, places))
+            clips, layout = file_buffer(gathering.data), gathering.layout(clip.size, (rows.size,))
+        else:
+            clips = clip_buffer(rows.size, clip.frames, clip.size, clip.size, 3)
+            for key, places in zip(keys, rows, strict=True):
+                step = int(places[1] - places[0]) if repeats > 1 else 1
+                damage += self._read(key, self._into(clips[places[0] : places[-1] + 1 : step]))
         partner = np.arange(rows.size)
         paired = units[units[:, 1] >= 0]
         partner[paired], partner[paired[:, ::-1]] = paired[:, ::-1], paired
@@ -86,7 +95,7 @@ class TrainClips(Dataset):
         mixing = [self._mixing(key) for key in keys[::2]] or [self._mixing(nothing)]
         params |= _in_rows([mixing[i // 2] for i in range(max(1, len(keys)))], rows)
         params["partner"] = torch.from_numpy(partner)
-        return Batch(clips=clips, params=params, units=torch.from_numpy(units), damage=damage, **facts)
+        return Batch(clips=clips, params=params, units=torch.from_numpy(units), damage=damage, layout=layout, **facts)
 
     @property
     def _repeats(self) -> int:
@@ -98,21 +107,23 @@ class TrainClips(Dataset):
         for sample in range(draw * self._repeats, (draw + 1) * self._repeats):
             yield generator(self.seed, epoch, sample, stream)
 
-    def _read(self, key: Key | tuple[int, int, int], out: torch.Tensor) -> list[str]:
-        """Fill `out` (R, T, S, S, 3) with the clips of a draw; returns lines about damaged frames."""
+    def _into(self, out: torch.Tensor) -> Callable[..., dict[int, str]]:
+        """A function that decodes into `out` (R, T, S, S, 3)."""
+        return functools.partial(read_clip, out=out, reduced=self.settings.data.reduced_decode)
+
+    def _read(self, key: Key | tuple[int, int, int], take: Callable[..., dict[int, str]]) -> list[str]:
+        """Hand the frames and crops of a draw to `take(read, frames, boxes, n_frames=)`; lines about damaged frames."""
         epoch, draw, video = key
         augment = self.settings.augment
         count = int(self.index.frame_counts[video])
         try:
             if not count:
                 raise NoFrame({})
-            damaged = read_clip(
+            damaged = take(
                 lambda frame: self.index.frame_bytes(video, frame),
                 train_frames(count, self.settings.clip, generator(self.seed, epoch, draw, FRAMES)),
                 lambda height, width: [draw_crop_box(rng, augment, height, width) for rng in self._rngs(key, CROP)],
-                out,
                 n_frames=count,
-                reduced=self.settings.data.reduced_decode,
             )
         except NoFrame as error:
             raise UserError(_no_frame_message(self.index, video, error)) from error
@@ -162,6 +173,7 @@ class TestViews(Dataset):
         *,
         tolerant: bool,
         reduced: bool = True,
+        decode: str = "cpu",
     ) -> None:
         self.index = index
         self.videos = np.asarray(videos, dtype=np.int64)
@@ -169,6 +181,7 @@ class TestViews(Dataset):
         self.views = views
         self.tolerant = tolerant
         self.reduced = reduced
+        self.decode = decode
         self.short_side = clip.size if clip.short_side is None else clip.short_side
         if self.short_side < clip.size:
             raise UserError(
@@ -186,22 +199,29 @@ class TestViews(Dataset):
         size, crops = self.clip.size, self.views.crops
         videos = self.videos[np.asarray(places, dtype=np.int64)]
         windows = [test_windows(max(1, int(self.index.frame_counts[v])), self.clip, self.views) for v in videos]
-        clips = clip_buffer(len(videos), len(windows[0]), crops, self.clip.frames, size, size, 3)
+        each, on_gpu = len(windows[0]) * crops, self.decode == "gpu"
+        gathering = Gathering(len(videos) * each, self.clip.frames)
+        clips = None if on_gpu else clip_buffer(len(videos), each // crops, crops, self.clip.frames, size, size, 3)
         damage: list[str] = []
         decoded = []
-        for video, frames, out in zip(videos.tolist(), windows, clips, strict=True):
+        for number, (video, frames) in enumerate(zip(videos.tolist(), windows, strict=True)):
+            take = functools.partial(gathering.add, range(number * each, (number + 1) * each))
+            if clips is not None:
+                take = functools.partial(read_clip, out=clips[number].movedim(1, 0), reduced=self.reduced)
             try:
-                damaged = self._read(video, frames, out)
+                damaged = self._read(video, frames, take)
                 decoded.append(True)
             except NoFrame as error:
                 if not self.tolerant:
                     raise UserError(_no_frame_message(self.index, video, error)) from error
-                out.zero_()
+                if clips is not None:
+                    clips[number].zero_()
                 damaged = error.damaged
                 decoded.append(False)
             damage += damage_lines(self.index, video, damaged)
         return TestBatch(
-            clips=clips.flatten(1, 2),
+            clips=file_buffer(gathering.data) if clips is None else clips.flatten(1, 2),
+            layout=gathering.layout(size, (len(videos), each)) if on_gpu else None,
             places=torch.tensor(places, dtype=torch.int64),
             videos=torch.from_numpy(videos),
             labels=torch.from_numpy(self.index.labels[videos].astype(np.int64)),
@@ -209,19 +229,17 @@ class TestViews(Dataset):
             damage=damage,
         )
 
-    def _read(self, video: int, windows: np.ndarray, out: torch.Tensor) -> dict[int, str]:
-        """Fill `out` (K, crops, T, S, S, 3) with the views of a video."""
+    def _read(self, video: int, windows: np.ndarray, take: Callable[..., dict[int, str]]) -> dict[int, str]:
+        """Hand the frames (K, T) and crops of a video to `take(read, frames, boxes, n_frames=, tolerant=)`."""
         count = int(self.index.frame_counts[video])
         if not count:
             raise NoFrame({})
         size, crops = self.clip.size, self.views.crops
-        return read_clip(
+        return take(
             lambda frame: self.index.frame_bytes(video, frame),
             windows,
             lambda height, width: view_boxes(height, width, size=size, short_side=self.short_side, crops=crops),
-            out.movedim(1, 0),
             n_frames=count,
-            reduced=self.reduced,
             tolerant=self.tolerant,
         )
 

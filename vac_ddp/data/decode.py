@@ -79,6 +79,17 @@ def frame_size(data: bytes) -> tuple[int, int]:
         raise DamagedFrame(_reason(data, error)) from error
 
 
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether this is a whole, upright JPEG in colour or grey, as far as can be seen without decoding it."""
+    if data[:2] != b"\xff\xd8" or not data.rstrip(b"\x00").endswith(b"\xff\xd9") or _orientation(data) != 1:
+        return False
+    try:
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        return colour not in ("CMYK", "YCCK") and bounded_factor(height, width, 1) == 1
+    except (ValueError, DamagedFrame):
+        return False
+
+
 def _decode_jpeg(
     data: bytes, height: int, width: int, factor: int, tolerant: bool, buffer: np.ndarray | None
 ) -> np.ndarray:

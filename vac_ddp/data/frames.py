@@ -90,7 +90,7 @@ def neighbours(frame: int, n_frames: int) -> Iterator[int]:
             yield frame + distance
 
 
-class _Frames:
+class FrameReader:
     """The frames of one video, with damaged ones replaced and noted."""
 
     def __init__(self, read: Callable[[int], bytes], n_frames: int, tolerant: bool) -> None:
@@ -183,7 +183,7 @@ def read_clip(
 
     """
     size = out.shape[-2]
-    source = _Frames(read, n_frames, tolerant)
+    source = FrameReader(read, n_frames, tolerant)
     frames = np.asarray(frames, dtype=np.int64)
     in_order = frames.ndim == 1 and bool((frames[1:] > frames[:-1]).all())
     wanted, places = (frames, None) if in_order else np.unique(frames, return_inverse=True)

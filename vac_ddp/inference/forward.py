@@ -97,6 +97,8 @@ def scored_videos(scorer: Scorer, videos: Iterable[tuple[TestBatch, int]]) -> It
     waiting: deque[tuple[int, int, int]] = deque()
     scorer.model.eval()
     for batch, damaged in videos:
+        if batch.layout is not None:
+            batch = batch.to(scorer.device)
         (clips,), decoded = batch.clips, bool(batch.decoded)
         waiting.append((int(batch.videos), len(clips) if decoded else 0, damaged))
         if decoded:
