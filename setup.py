@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av", "soundfile", "tensorboard"]
+TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av", "soundfile", "tensorboard", "accelerate"]
 
 setup(
     name="vac_ddp",

@@ -16,7 +16,6 @@ import itertools
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,8 @@ from benchmarks.common import (
     write,
 )
 from vac_ddp.data.batch import Batch
+from vac_ddp.data.loader import to_device, train_loader
+from vac_ddp.data.sampler import StepSampler
 from vac_ddp.engine.meters import collected_by_hand
 from vac_ddp.errors import DONE
 from vac_ddp.settings import Config
@@ -187,10 +188,24 @@ class Bench:
         dataset = training_set(index, config, 0)
         return self.repeated(functools.partial(dataset.__getitems__, keys_of(index, 4)), 4)
 
+    def loaded(self, decode: str) -> Run:
+        """Clips that arrive on the device with two loader processes, and nothing else to do."""
+        config = self._settings(data_decode=decode, data_workers=2)
+        dataset = training_set(self.index, config, 0)
+        sampler = StepSampler(dataset.videos.repeat(4096), seed=0, global_batch=8, clips_per_gpu=8, rank=0, world=1)
+
+        def run(watch: Stopwatch) -> float:
+            loader = train_loader(dataset, sampler, workers=2, pin=True)
+            for batch in to_device(loader, self.device):
+                if not watch.tick(len(batch)):
+                    break
+            loader.close()
+            return watch.rate
+
+        return run
+
     def copied(self, side: bool) -> Run:
         """Batches from pinned memory under training steps: on a stream of their own, or waited for."""
-        from vac_ddp.data.loader import to_device
-
         ours = our_training(self.config, self.device)
         pinned = self.batch.pin_memory() if self.device.type == "cuda" else self.batch
 
@@ -239,7 +254,7 @@ def slowest(run: Run) -> Run:
         tick = watch.tick
 
         def noted(clips: int) -> bool:
-            ticks.append(time.perf_counter())
+            ticks.append(watch.clock())
             return tick(clips)
 
         watch.tick = noted  # type: ignore[method-assign]
@@ -266,9 +281,6 @@ def levers(bench: Bench, folder: Path) -> list[Lever]:
         from torchao.float8 import convert_to_float8_training
 
         return steps(lambda ours: convert_to_float8_training(ours.stepper.model.blocks)), steps()
-
-    def gpu_decode() -> tuple[Run, Run]:
-        raise NotImplementedError("train_step --gpu with data.decode=gpu and data.workers=2 against decode=cpu")
 
     return [
         Lever(
@@ -329,7 +341,12 @@ def levers(bench: Bench, folder: Path) -> list[Lever]:
             "1.3 to 2",
             lambda: tuple(bench.reduced(on, height=720, width=1280, folder=folder) for on in (True, False)),  # type: ignore[arg-type,return-value]
         ),
-        Lever("JPEG decoding on the GPU (data.decode=gpu)", "2 and more with few cores", gpu_decode, gpu=True),
+        Lever(
+            "JPEG decoding on the GPU (data.decode=gpu)",
+            "2 and more with few cores",
+            lambda: (bench.loaded("gpu"), bench.loaded("cpu")),
+            gpu=True,
+        ),
     ]
 
 
@@ -412,7 +429,7 @@ def measured(lever: Lever, options: Any, device: torch.device) -> dict[str, Any]
         for turn in range(options.rounds):
             rates = {}
             for name, run in ((1, with_lever), (0, without)) if turn % 2 else ((0, without), (1, with_lever)):
-                rates[name] = run(Stopwatch(device, seconds=options.seconds, warm=3))
+                rates[name] = run(Stopwatch(device, seconds=options.seconds, warm=3, alone=True))
             ratios.append(rates[1] / rates[0])
         del with_lever, without
     except Exception as error:

@@ -136,7 +136,7 @@ def passes(options: Any, device: torch.device) -> dict[str, Any]:
     names = list(ways)
     for turn in range(options.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            watch = Stopwatch(device, seconds=options.seconds, warm=2)
+            watch = Stopwatch(device, seconds=options.seconds, warm=2, alone=True)
             while True:
                 ways[name]()
                 if not watch.tick(options.clips):

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import our_training, settings_for
+from benchmarks.scaling import random_batch
 from tests.runs import Workplace
 from vac_ddp.engine import meters
 from vac_ddp.engine.health import Summary
 from vac_ddp.engine.step import StepRecord, phases
 from vac_ddp.errors import UserError
+from vac_ddp.inference.forward import Scorer, pass_size
 from vac_ddp.job_model import compile_if_it_works, train_pass
 from vac_ddp.models import build_model
 from vac_ddp.settings import ClipSettings, ModelSettings
@@ -157,6 +160,20 @@ def test_a_run_says_how_fast_it_was(tmp_path: Path) -> None:
     assert "GFLOP a clip: no more than" in log and log.count("speed    ") == 2 and "validation" in log
 
 
+@pytest.mark.distributed
+def test_gradients_reduced_in_bfloat16_are_near_the_others_and_the_same_on_all_ranks(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    words = ["train.max_steps=4", "health.checksum_every=1", "data.val=null", "data.val_fraction=0"]
+    for name in ("false", "true"):
+        done = place.train(name, f"train.bf16_reduce={name}", *words)
+        assert done.returncode == 0, done.stderr
+    plain, half = (place.lines(name, "train") for name in ("false", "true"))
+    norms = [(a["grad_norm"], b["grad_norm"]) for a, b in zip(plain, half, strict=True)]
+    assert all(b == pytest.approx(a, rel=2e-2) for a, b in norms)
+    assert any(a != b for a, b in norms)
+    assert half[0]["loss"] == plain[0]["loss"]  # before the first update
+
+
 # ---------------------------------------------------------------- compiling
 
 
@@ -203,6 +220,52 @@ def test_on_a_gpu_the_blocks_are_compiled_and_the_meters_count_events(tmp_path: 
     place = Workplace(tmp_path)
     done = place.python("-m", "vac_ddp.train", *place.arguments("run"), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 0, done.stderr
-    assert "compile off" not in done.stdout
+    assert "compile off" not in done.stdout + done.stderr
     for line in place.lines("run", "train"):
         assert 0 <= line["data_wait"] <= 1 and 0 < line["mfu"] < 1 and line["memory_gib"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="extra test: needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_in_a_step_waits_for_a_gpu(compile: bool) -> None:
+    """PyTorch raises where the host looks at a value of the device."""
+    device = torch.device("cuda", 0)
+    config = settings_for({"width": 64, "depth": 2, "heads": 2}, frames=4, size=32, clips=4, compile=compile)
+    config.model.drop_path, config.train.ema_decay, config.optim.clip_norm = 0.2, 0.9, 1.0
+    config.augment.mixup, config.augment.cutmix = 0.8, 1.0
+    config.augment.randaugment, config.augment.erase = "rand-m7-n4-mstd0.5-inc1", 0.5
+    config.train.global_batch = 8
+    ours = our_training(config, device)
+    batch = random_batch(config, ours, 8).to(device)
+    for step in range(3):
+        ours.step([batch], step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 6):
+            ours.step([batch], step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(record.norm) for record in ours.stepper.records)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="extra test: needs a CUDA device")
+def test_a_pass_is_as_large_as_it_pays() -> None:
+    model = small().cuda().eval()
+    scorer = Scorer(
+        model=model,
+        device=torch.device("cuda", 0),
+        autocast=torch.bfloat16,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        flip=False,
+        clips_per_gpu="auto",
+    )
+    size = pass_size(scorer, SMALL, most=1000)
+    assert size >= 64
+    assert size % 64 == 0
+    assert pass_size(scorer, SMALL, most=10) == 64
+    scorer.clips_per_gpu = 7
+    assert pass_size(scorer, SMALL, most=1000) == 7
