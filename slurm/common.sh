@@ -43,7 +43,6 @@ node_command='exec "$0" -m torch.distributed.run --local-addr="$SLURMD_NODENAME"
 start_ranks() {
     local module=$1 nodes=$SLURM_JOB_NUM_NODES first port ranks told
     shift
-    [ "${1:-}" != -- ] || shift
     step_number=$((step_number + 1))
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     port=$((20000 + (SLURM_JOB_ID * 16 + attempt + step_number) % 20000))

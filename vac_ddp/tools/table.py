@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vac_ddp import config as settings_io
+from vac_ddp.engine.run_dir import flat
 from vac_ddp.errors import UserError
 from vac_ddp.files import read_json_lines, write_text
 
@@ -42,7 +43,7 @@ def best_validation(run: Path) -> tuple[float, float]:
 
 def lines(runs: Sequence[Path]) -> list[Line]:
     """The runs by what they were set to, in the order given."""
-    settings = [_flat(settings_io.to_dict(settings_io.read_yaml(run / "config.yaml"))) for run in runs]
+    settings = [flat(settings_io.to_dict(settings_io.read_yaml(run / "config.yaml"))) for run in runs]
     differ = [
         name
         for name in settings[0]
@@ -97,13 +98,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage(message: str) -> NoReturn:
     raise UserError(f"{message} (see --help)")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 if __name__ == "__main__":
