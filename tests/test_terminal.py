@@ -17,7 +17,7 @@ import pytest
 
 from tests.runs import Workplace
 from tests.support import environment
-from vac_ddp.engine.loop import TABLE, table_row
+from vac_ddp.engine.table import TABLE, one_of_few, table_row
 from vac_ddp.report.terminal import fitted
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.settings import LogSettings
@@ -153,6 +153,12 @@ def test_rows_stand_under_their_heads() -> None:
     ends = [match.end() for match in re.finditer(r"\S+(?: loss)?", TABLE)]
     assert [match.end() for match in re.finditer(r"\S+", row)] == ends
     assert len(table_row({"epoch": 1}, 2, 3, 0.1, 1.0)) == len(TABLE)
+
+
+def test_few_rows_of_many_epochs() -> None:
+    for epochs in (1, 49, 50, 51, 400):
+        shown = [epoch for epoch in range(1, epochs + 1) if one_of_few(epoch, epochs)]
+        assert len(shown) == min(epochs, {51: 25, 400: 50}.get(epochs, epochs))
 
 
 def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vac_ddp.engine.meters import Meters, collected_by_hand, peak_memory
 from vac_ddp.engine.signals import Agreed, Agreement, StopRequest, signal_name
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
+from vac_ddp.engine.table import TABLE, one_of_few, table_row
 from vac_ddp.errors import Interrupted
 
 
@@ -31,6 +32,9 @@ class Tracker(Protocol):
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """A line for programs."""
+
+    def note(self, text: str) -> None:
+        """A line for the log file alone."""
 
     def progress(self, phase: str, total: int, done: int = 0, *, unit: str = "clips") -> None:
         """Begin a bar."""
@@ -73,23 +77,6 @@ class Tally:
         if not self.samples:
             return {}
         return {f"{prefix}loss": self.loss / self.samples, f"{prefix}accuracy": self.correct / self.samples}
-
-
-TABLE = "  epoch     step  train loss    acc  val loss    acc  clips/s     time"
-
-
-def table_row(entry: dict[str, Any], epochs: int, step: int, clips_per_s: float, seconds: float) -> str:
-    """The line of an epoch under `TABLE`, below 80 columns: figures of an entry of metrics.jsonl, time of the epoch."""
-    number = f"{entry['epoch']}/{epochs}"
-    cells = [f"{number:>7}", f"{step:>7}"]
-    for loss, accuracy, width in (("train_loss", "train_accuracy", 10), ("val_loss", "val_top1", 8)):
-        known = loss in entry
-        cells.append(f"{entry[loss]:>{width}.4f}" if known else " " * width)
-        cells.append(f"{entry[accuracy]:>5.3f}" if known else " " * 5)
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    clock = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-    return "  ".join(cells) + f"  {clips_per_s:>7.4g}  {clock:>7}"
 
 
 @dataclass(kw_only=True)
@@ -365,7 +352,9 @@ class Loop:
             self.said_table = True
         took = time.perf_counter() - self.epoch_began
         row = table_row(entry, self.epochs, where.step, self.epoch_clips_per_s, took)
-        self.tracker.say(row + ("  best" if best and validation is not None else ""))
+        row += "  best" if best and validation is not None else ""
+        shown = validation is not None or (self.validate is None and one_of_few(where.epoch, self.epochs))
+        (self.tracker.say if shown or where.step >= self.total_steps else self.tracker.note)(row)
         if damaged > self.said_damaged:
             self.said_damaged = damaged
             self.tracker.say(f"  {damaged} damaged frames so far; log.txt and logs/ name them")
