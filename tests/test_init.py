@@ -144,8 +144,13 @@ def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert run() == 2
     make(here / "one", {"only": ["a", "b"]})
     assert run("one") == 2
+    make(here / "project" / "data_train", PIECES)
+    assert run("project") == 2
+    assert cli.main(["inti"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3
+    assert len(said) == 5
+    assert said[3] == "vac: project holds a data_train: give that, project/data_train"
+    assert said[4] == "vac: unknown command inti: did you mean init?"
     assert not (here / "train.yaml").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import traceback
@@ -68,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        print(f"vac: unknown command {argv[0]}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        print(
+            f"vac: unknown command {argv[0]}" + (f": did you mean {near[0]}?" if near else " (see vac --help)"),
+            file=sys.stderr,
+        )
         return errors.USER_ERROR
     module = importlib.import_module(COMMANDS[argv[0]][0])
     return run(module.main, argv[1:])

@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(options.out).expanduser()
     if out.exists():
         raise UserError(f"{out} is there already: nothing is overwritten; move it away, or give --out FILE")
+    inside = Path(options.data).expanduser() / "data_train"
+    if inside.is_dir():
+        raise UserError(f"{options.data} holds a data_train: give that, {inside}")
     index = open_index(options.data, labelled=True, settings=DataSettings())
     facts = look(options.data, index)
     text = settings_text(facts)
