@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.runs import Workplace
-from tests.support import REPO
+from tests.support import REPO, environment
+from vac_ddp import files
 from vac_ddp.engine.signals import StopRequest, end_of_allocation, save_by
 
 
@@ -94,3 +97,21 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_name_at_wandb(tmp_pa
     done = place.python("-m", "vac_ddp.train", *place.arguments("a", *words), SLURM_RESTART_COUNT="1")
     assert done.returncode == 0 and "has no checkpoint yet" in done.stdout, done.stderr
     assert place.state("a")["wandb_id"] == name
+
+
+def test_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
+    """slurmd dies, its job runs on unseen, and SLURM starts it again on another node."""
+    program = (
+        "import sys, time, pathlib; from vac_ddp.engine import lock; lock.BEAT_S = 0.05\n"
+        "lock.RunLock(pathlib.Path(sys.argv[1])).take(); print('taken', flush=True); time.sleep(60)"
+    )
+    old = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=environment(SLURM_JOB_ID="7"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert old.stdout is not None and old.stdout.readline() == "taken\n"
+    owner = json.loads((tmp_path / "run.lock").read_text())
+    files.write_json(tmp_path / "run.lock", {**owner, "host": "another", "attempt": 1})
+    _, said = old.communicate(timeout=30)
+    assert old.returncode == 1 and "taken over" in said
+    assert json.loads((tmp_path / "run.lock").read_text())["host"] == "another"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -46,6 +47,14 @@ class Cluster:
             done = subprocess.run([str(SCRIPT), words[0], str(self.folder), *words[1:]], stdout=log, stderr=log)
             log.seek(0)
             assert done.returncode == 0, f"cluster.sh {' '.join(words)}: {log.read()}"
+
+    def kill_slurmd(self, node: str) -> None:
+        """Kill the daemon of a node alone: what it had started runs on."""
+        os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
+
+    def track(self) -> str:
+        """How slurmd holds the processes of a job together: cgroup or linuxproc."""
+        return self.run("scontrol", "show", "config").partition("proctrack/")[2].split()[0]
 
     def run(self, *words: str, cwd: Path | None = None, **extra: str) -> str:
         """Run a command with the cluster's configuration; its output."""

@@ -128,14 +128,14 @@ CONF
     for ((number = 1; number <= NODES; number++)); do
         echo "NodeName=vn$number NodeAddr=$(address $number)" \
             "NodeHostname=$([ $spaces = yes ] && echo vn$number || echo "$host")" \
-            "Port=$((port + 1 + number)) CPUs=16 RealMemory=65536 Gres=gpu:4 State=UNKNOWN"
+            "Port=$((port + 1 + number)) CPUs=16 RealMemory=65536 Gres=gpu:16 State=UNKNOWN"
     done >>"$SLURM_CONF"
     cat >>"$SLURM_CONF" <<CONF
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 CONF
-    echo "Name=gpu File=$dir/gpu[0-3]" >"$dir/gres.conf" # stand-ins, so that scripts that ask for GPUs get them
-    for ((number = 0; number < 4; number++)); do mknod -m 666 "$dir/gpu$number" c 1 3 || return 1; done
+    echo "Name=gpu File=$dir/gpu[0-15]" >"$dir/gres.conf" # stand-ins, so that scripts that ask for GPUs get them
+    for ((number = 0; number < 16; number++)); do mknod -m 666 "$dir/gpu$number" c 1 3 || return 1; done
     rm -f "$dir/cgroup.conf"
     if [ $track = cgroup ]; then
         printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=%s\nCgroupAutomount=no\n' "${freezer%/freezer}" >"$dir/cgroup.conf"
@@ -262,8 +262,9 @@ start)
     install_packages
     take_down
     # Two clusters would share the cgroups of their jobs, for those are named by node and number.
-    [ -z "$(pgrep -f -- "slurmd .*-N vn1")" ] || die 1 "another cluster of this script runs on this machine: stop it first"
-    rm -rf "${dir:?}"/{state,spool,munge} "$dir"/gpu?
+    other=$(pgrep -af -- "^slurmd .*-N vn1" | sed -n 's|.* -f \(.*\)/slurm.conf .*|\1|p')
+    [ -z "$other" ] || die 1 "another cluster of this script runs on this machine: $0 stop $other"
+    rm -rf "${dir:?}"/{state,spool,munge} "$dir"/gpu*
     mkdir -p "$dir"/{state,spool,munge}
     chmod 700 "$dir/state"
     probe

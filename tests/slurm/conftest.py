@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import Workplace
-from tests.slurm.cluster import Cluster, required, why_not
+from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.jobs import Jobs
 
 
@@ -26,9 +26,11 @@ def cluster() -> Iterator[Cluster]:
         made.script("start")
         yield made
     finally:
-        made.script("stop")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(f"{folder.name}.log").unlink(missing_ok=True)
+        try:
+            made.script("stop")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_name(f"{folder.name}.log").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +39,5 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     made = Jobs(cluster, Workplace(tmp_path_factory.mktemp("slurm")))
     made.whole = made.train("whole", "log.wandb=offline", nodes=2)
     assert cluster.wait(made.whole)["JobState"] == "COMPLETED", made.log(made.whole)
+    made.start_what_waits()
     return made
-
-
-__all__ = ["cluster", "jobs", "required"]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from tests.runs import Workplace, assert_same_end
 from tests.slurm.cluster import Cluster
+from tests.slurm.probes import EVENTS, Probe
 from tests.support import REPO
 
 HELD = "tests.drivers.hold"
+
+LIMITS = {
+    # what saves before the time limit: the trainer, which knows the end of its job, or SLURM's warning
+    "own": (["checkpoint.before_end_s=90"], "B:USR1@5", "the end of the allocation: saving at step"),
+    "warned": (["checkpoint.before_end_s=0"], "B:USR1@65", "SIGUSR1: saving at step"),
+}
 
 
 class Jobs:
@@ -17,6 +25,17 @@ class Jobs:
     def __init__(self, cluster: Cluster, place: Workplace) -> None:
         self.cluster, self.place, self.folder = cluster, place, place.folder
         self.whole = ""
+        self.limited: dict[str, str] = {}
+        self.waiting: dict[str, Probe] = {}
+
+    def start_what_waits(self) -> None:
+        """Submit what has to wait for a time limit, so that it does so while other tests work."""
+        for name, (words, signal, _) in LIMITS.items():
+            sbatch = ("--time=3", f"--signal={signal}")
+            self.limited[name] = self.train(f"limit_{name}", *words, "log.wandb=offline", sbatch=sbatch, hold="5")
+        for event, (_, what) in EVENTS.items():
+            if what == "later":
+                self.waiting[event] = Probe(self.cluster, self.folder, event)
 
     def words(self, run: str, *words: str) -> list[str]:
         """The settings of a run; no checkpoints but those of epochs and of interruptions."""
@@ -50,6 +69,22 @@ class Jobs:
     def release(self, run: str, step: int) -> None:
         """Let a run that is held go on."""
         Path(f"{self.mark(run)}.{step}.go").touch()
+
+    def processes(self, run: str) -> list[int]:
+        """Ranks and loader processes of a run, by their command lines."""
+        word = f"run.dir={self.folder / run}\0".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes()
+                    if (
+                        word in words
+                        and b"torch.distributed.run" not in words
+                        and b"slurm" not in words.split(b"\0")[1]
+                    ):
+                        found.append(int(entry.name))
+        return found
 
     def log(self, job: str, name: str = "vac-train") -> str:
         """What the job wrote."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.runs import assert_same_end
-from tests.slurm.jobs import Jobs
+from tests.slurm.jobs import LIMITS, Jobs
+from tests.slurm.probes import alive
 
 pytestmark = pytest.mark.slurm
 
@@ -89,29 +90,13 @@ def test_attempts_are_counted(jobs: Jobs) -> None:
 
 # ---------------------------------------------------------------- the time limit, waited for while the others ran
 
-LIMITS = {
-    # what saves: the trainer, which knows the end of its job, or SLURM's warning
-    "own": (["checkpoint.before_end_s=90"], "B:USR1@5", "the end of the allocation: saving at step"),
-    "warned": (["checkpoint.before_end_s=0"], "B:USR1@65", "SIGUSR1: saving at step"),
-}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def limited(jobs: Jobs) -> dict[str, str]:
-    """Jobs of three minutes that are held, submitted before everything else."""
-    return {
-        name: jobs.train(
-            f"limit_{name}", *words, "log.wandb=offline", sbatch=("--time=3", f"--signal={signal}"), hold="5"
-        )
-        for name, (words, signal, _) in LIMITS.items()
-    }
-
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_the_time_limit(jobs: Jobs, limited: dict[str, str], name: str) -> None:
-    jobs.held(limited[name], f"limit_{name}", 5)
-    jobs.came_through(limited[name], f"limit_{name}", restarts=1)
-    assert LIMITS[name][2] in jobs.log(limited[name])
+def test_the_time_limit(jobs: Jobs, name: str) -> None:
+    job = jobs.limited[name]
+    jobs.held(job, f"limit_{name}", 5)
+    jobs.came_through(job, f"limit_{name}", restarts=1)
+    assert LIMITS[name][2] in jobs.log(job)
 
 
 # ---------------------------------------------------------------- what takes whole nodes
@@ -137,6 +122,21 @@ def test_a_node_dies(jobs: Jobs) -> None:
     jobs.cluster.script("boot", "vn2")
     jobs.came_through(job, "node", restarts=1)
     assert "resumed at step 4 of 12" in jobs.log(job)  # the end of the first epoch
+
+
+def test_slurmd_dies_and_its_job_runs_on_unseen(jobs: Jobs) -> None:
+    job = jobs.train("unseen", "log.wandb=offline", hold="6")
+    jobs.held(job, "unseen", 6)
+    node = jobs.cluster.info(job)["NodeList"]
+    agent = jobs.processes("unseen")
+    assert len(agent) >= 2
+    jobs.cluster.kill_slurmd(node)
+    jobs.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    # What it had started is still there, until it sees that the run has another owner.
+    jobs.came_through(job, "unseen", restarts=1)
+    jobs.cluster.until(lambda: not any(map(alive, agent)), 60, lambda: f"{agent} live on")
+    jobs.cluster.script("boot", node)
+    assert "was taken over by" in jobs.log(job)
 
 
 def test_elastic_job_loses_a_node_and_goes_on(jobs: Jobs) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from vac_ddp.errors import UserError
+from vac_ddp.errors import FAILED, UserError
 
 BEAT_S = 20.0
 STALE_S = 120.0
@@ -30,7 +31,7 @@ class RunLock:
 
     The lock of a dead process of this machine is taken over at once; that of another machine when it was not touched
     for two minutes by the file server's clock (so that no clock of a client matters), or when it is of an earlier
-    attempt of the same SLURM job.
+    attempt of the same SLURM job. A process whose lock was taken over ends at its next touch.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +97,12 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
+                owner = json.loads(self.path.read_text())
+                if owner != _own():
+                    # SLURM lost sight of this node and started the job elsewhere: two must not write here.
+                    print(f"vac: {self.path.parent} was taken over by {owner}: ending", file=sys.stderr, flush=True)
+                    os._exit(FAILED)
                 os.utime(self.path)
 
     def release(self) -> None:

@@ -1,0 +1,38 @@
+"""Writes down the signals that reach it: `probe.py FOLDER ROLE [CHILD]`, a line `<ROLE> <SIGNAL>` each in FOLDER/seen.
+
+With CHILD it starts itself once more as that role, as a task of srun starts processes of its own. It is ready when
+FOLDER/ready.<ROLE>.<pid> is there, and ends when FOLDER/end is there; SIGKILL is seen by its absence from the living.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main() -> None:
+    """Listen until the end."""
+    folder, role = Path(sys.argv[1]), sys.argv[2]
+    seen = os.open(folder / "seen", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        os.write(seen, f"{role} {signal.Signals(number).name[3:]}\n".encode())
+
+    for number in WATCHED:
+        signal.signal(number, note)
+    if len(sys.argv) > 3:
+        subprocess.Popen([sys.executable, __file__, str(folder), sys.argv[3]])
+    (folder / f"ready.{role}.{os.getpid()}").touch()
+    while not (folder / "end").exists():
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
