@@ -141,7 +141,7 @@ def _for_model(found: Found, config: Config) -> list[str]:
 
 
 def model_of(config: Config) -> torch.nn.Module:
-    """The model of the settings with random weights; weights that only a hub or file knows are guessed by their name."""
+    """The model of the settings with random weights; what only a hub or a file knows is guessed by the name."""
     settings = config.model
     if settings.name == "videomae" and settings.weights is not None and settings.size is None:
         asked = settings.weights.lower()
