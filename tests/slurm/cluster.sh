@@ -128,7 +128,7 @@ CONF
     for ((number = 1; number <= NODES; number++)); do
         echo "NodeName=vn$number NodeAddr=$(address $number)" \
             "NodeHostname=$([ $spaces = yes ] && echo vn$number || echo "$host")" \
-            "Port=$((port + 1 + number)) CPUs=16 RealMemory=65536 Gres=gpu:16 State=UNKNOWN"
+            "Port=$((port + 1 + number)) CPUs=64 RealMemory=65536 Gres=gpu:16 State=UNKNOWN"
     done >>"$SLURM_CONF"
     cat >>"$SLURM_CONF" <<CONF
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=10

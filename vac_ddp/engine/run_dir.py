@@ -84,7 +84,8 @@ class OpenRun:
         """The run starts: what it overwrites goes."""
         self.begun = True
         if (self.folder / OVERWRITTEN).exists():
-            files.write_json(self.folder / OVERWROTE, {"start": _start()})
+            if _start() is not None:
+                files.write_json(self.folder / OVERWROTE, {"start": _start()})
             shutil.rmtree(self.folder / OVERWRITTEN)
 
     def discard(self) -> None:
