@@ -137,17 +137,24 @@ def test_what_counts_as_an_answer(silent: str, monkeypatch: pytest.MonkeyPatch) 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
+    hangs = threading.Event()
+
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
 
+        def do_POST(self) -> None:
+            hangs.wait(30)
+
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Refusing)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}"
     assert services.answers(here)  # 404 is an answer
+    assert not services.answers(here, 0.2, data=b"{}")  # half dead
+    hangs.set()
     server.shutdown()
     server.server_close()
     assert not services.answers(here)
@@ -160,7 +167,7 @@ def test_a_missing_key_is_one_line_and_no_question(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(services, "answers", lambda url: True)
+    monkeypatch.setattr(services, "answers", lambda url, **named: True)
     with pytest.raises(services.Unavailable, match="no key"):
         services.start_wandb(LogSettings(wandb="online"), tmp_path, {}, "name", None)
 

@@ -142,7 +142,7 @@ class Loop:
                 gc.collect()
         with self.meters.phase("saving"):
             self._join_save()
-        self._say_speed()
+        self._say_speed(self.tracker.say)
         self.tracker.write("speed", where.step, **self.meters.seconds)
         distributed.raise_together(None)
 
@@ -330,7 +330,7 @@ class Loop:
         where.validation_due = False
         self._say_epoch(validation, best)
         if not self.said_speed:
-            self._say_speed()
+            self._say_speed(self.tracker.note)  # not into the table of epochs
         if where.stopped_early:
             self.tracker.say(f"no better validation accuracy for {self.stopping.since_best} validations: ending early")
         self.save(best=(self.best_path, validation) if best else None)
@@ -361,11 +361,11 @@ class Loop:
         self.tracker.write("epoch", where.step, **entry, best=best)
         self.since_epoch = Tally()
 
-    def _say_speed(self) -> None:
+    def _say_speed(self, say: Callable[[str], None]) -> None:
         """The speed so far, after the first epoch and at the end."""
         self.said_speed = True
         if line := self.meters.end_line():
-            self.tracker.say(f"speed         {line}")
+            say(f"speed         {line}")
 
     # ------------------------------------------------------------ saving
 

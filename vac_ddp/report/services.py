@@ -20,8 +20,8 @@ class Unavailable(Exception):
     """Why a service cannot be used, in one line for people."""
 
 
-def answers(url: str, seconds: float = PROBE_S) -> bool:
-    """Whether anything at `url` answers, by the proxies of the environment, within `seconds`.
+def answers(url: str, seconds: float = PROBE_S, *, data: bytes | None = None) -> bool:
+    """Whether anything at `url` answers (to a POST of `data`), by the environment's proxies, within `seconds`.
 
     In a thread: looking up a name has no time limit of its own.
     """
@@ -29,7 +29,7 @@ def answers(url: str, seconds: float = PROBE_S) -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(url, timeout=seconds).close()
+            urllib.request.urlopen(url, data, timeout=seconds).close()
         except urllib.error.HTTPError:
             pass  # it answered
         except urllib.error.URLError as error:
@@ -57,7 +57,7 @@ def start_wandb(settings: LogSettings, folder: Path, config: dict[str, Any], nam
     try:
         if settings.wandb == "online":
             host = wandb.setup().settings.base_url
-            if not answers(host):
+            if not answers(f"{host.rstrip('/')}/graphql", data=b"{}"):  # what W&B talks to; any answer will do
                 raise Unavailable(f"{host} does not answer")
             if not wandb.login(prompt=False):
                 raise Unavailable("it has no key here (wandb login, or WANDB_API_KEY)")

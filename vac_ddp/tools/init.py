@@ -307,7 +307,8 @@ def _small(facts: Facts) -> list[str]:
         f"optim:\n  lr: 4.0e-4\n  min_lr: 1.0e-5\n  warmup_epochs: {5 if epochs >= 20 else 1}\n  betas: [0.9, 0.95]\n",
         f"train:\n  epochs: {epochs:<20} # about {SMALL_STEPS} steps: from nothing it is their number that counts\n"
         f"  global_batch: {batch}\n  clips_per_gpu: {batch // 2}\n  val_every: {max(1, epochs // 20)}\n",
-        "val:\n  windows: phases              # three clips of other frames of the same parts\n  count: 3\n",
+        "val:\n  windows: phases              # five clips of other frames of the same parts,\n"
+        "  count: 5                     # as in the prediction\n",
         "predict:\n  views:\n    windows: phases\n    count: 5\n",
     ]
 
