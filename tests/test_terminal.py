@@ -73,7 +73,7 @@ def test_a_training_and_a_prediction_leave_whole_lines(tmp_path: Path, columns: 
     assert status == 0, text
     screen = Screen(text)
     bars = [line for line in screen.drawn if "left" in line]
-    assert any(re.match(r"epoch 2/2 .*\|.*\| \d+/21 .*clips/s, loss \d\.\d+ .*accuracy \d.* left", bar) for bar in bars)
+    assert any(re.match(r"epoch 2/2 .*\|.*\| \d+/21 .*clips/s, loss \d\.\d+ acc \d.* left", bar) for bar in bars)
     assert any(bar.startswith("validation") and "videos/s" in bar for bar in bars)
     assert max(map(len, bars)) <= columns
     assert not [line for line in screen.lines if "left" in line]  # every bar is gone at the end

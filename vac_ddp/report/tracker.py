@@ -122,7 +122,8 @@ class Tracker:
         """`count` units forward; `shown` are the newest figures, where there are any."""
         if self._bar is not None:
             if shown:
-                self._shown = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                short = {"accuracy": "acc"}
+                self._shown = " ".join(f"{short.get(name, name)} {value:.3f}" for name, value in shown.items())
                 self._bar.set_postfix_str(self._shown, refresh=False)
             self._bar.update(count)
 
