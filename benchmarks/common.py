@@ -30,7 +30,7 @@ from vac_ddp.settings import Config, DataSettings
 RESULTS = Path(__file__).parent / "results"
 CLASSES = [f"class{i}" for i in range(51)]
 SMALL = {"width": 192, "depth": 6, "heads": 3}  # on the CPU, and with --dry on a GPU
-TINY = {"width": 16, "depth": 1, "heads": 2, "patch": 32}  # hides nothing of the loader
+TINY = {"width": 16, "depth": 1, "heads": 2, "patch": 28}  # hides nothing of the loader
 
 
 def arguments(program: str, about: str) -> argparse.ArgumentParser:

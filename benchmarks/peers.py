@@ -26,6 +26,7 @@ from benchmarks.common import CLASSES, Stopwatch
 from benchmarks.loader import Clip, notebook_clip
 from vac_ddp.models.names import to_hf
 from vac_ddp.models.videomae import VideoMAE
+from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD
 
 logging.set_verbosity_error()
 
@@ -101,8 +102,16 @@ def processed(size: int, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]
 
 
 def kept(batch: dict[str, torch.Tensor], _: list[int]) -> dict[str, torch.Tensor]:
-    """The same batch again and again: data in memory."""
+    """The same batch again and again: data in memory. Bytes (B, T, H, W, 3) become what the image processor makes."""
+    if "bytes" in batch:
+        return {"pixel_values": rescaled(batch["bytes"]), "labels": batch["labels"]}
     return batch
+
+
+def rescaled(clips: torch.Tensor) -> torch.Tensor:
+    """Clips (B, T, H, W, 3) uint8 as (B, T, 3, H, W) float32, rescaled and normalised as by the image processor."""
+    mean, std = (torch.tensor(v, device=clips.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (clips.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
 
 
 class _Watch(TrainerCallback):

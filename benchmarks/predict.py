@@ -57,7 +57,7 @@ from vac_ddp.prediction import prepare
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 
 OURS, OURS_COMPILED = "vac_ddp, not compiled", "vac_ddp"
-HF, HF_COMPILED = "HF", "HF, torch.compile"
+HF, HF_BYTES, HF_COMPILED = "HF", "HF, from the same bytes", "HF, torch.compile"
 BOUND = 1.3
 
 
@@ -120,14 +120,15 @@ def passes(options: Any, device: torch.device) -> dict[str, Any]:
     floats = normalise(whole, tuple(loaded.mean), tuple(loaded.std), torch.float32)
 
     @torch.inference_mode()
-    def hf(model: Any) -> torch.Tensor:
+    def hf(model: Any, pixels: Callable[[], torch.Tensor] = lambda: floats) -> torch.Tensor:
         with torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
-            return model(pixel_values=floats).logits.float()
+            return model(pixel_values=pixels()).logits.float()
 
     ways: dict[str, Callable[[], torch.Tensor]] = {
         name: functools.partial(_Stream(scorer, options.clips).pass_, whole) for name, scorer in scorers.items()
     }
     ways[HF] = functools.partial(hf, theirs)
+    ways[HF_BYTES] = functools.partial(hf, theirs, lambda: peers.rescaled(whole))
     if options.compile:
         ways[HF_COMPILED] = functools.partial(hf, torch.compile(copy.deepcopy(theirs)))
     difference = float((ways[OURS]() - ways[HF]()).abs().max() / ways[HF]().abs().max())
@@ -255,7 +256,7 @@ def bars_of(result: dict[str, Any], options: Any) -> list[list[str]]:
         rows.append([what, f"{found:.3f}", shown, f"{'<=' if most else '>='} {bar:g}" + ("" if met else " (missed)")])
 
     rounds, views = result["passes"]["rounds"], result["views"]
-    for way, over in ((OURS, HF), (OURS_COMPILED, HF_COMPILED)):
+    for way, over in ((OURS, HF_BYTES), (OURS_COMPILED, HF_COMPILED)):
         if way in rounds:
             kept = ratio(rounds, way, over)
             add(f"passes: {way} / {over}", kept["median"], kept["best"], 1.0)

@@ -92,7 +92,10 @@ class Stepper:
         augment = self.config.augment
         clips = augment_clips(batch.clips, batch.params, augment, mean=self.mean, std=self.std, dtype=torch.float32)
         partner = batch.params["partner"].to(self.device, non_blocking=True)
-        clips, keep = mix(clips, partner, batch.params)
+        if augment.mixup > 0 or augment.cutmix > 0:
+            clips, keep = mix(clips, partner, batch.params)
+        else:
+            keep = torch.ones(len(clips), device=self.device)
         targets = soft_targets(
             batch.labels, batch.labels[partner], keep, self.num_classes, self.config.train.label_smoothing
         )

@@ -80,7 +80,8 @@ class Block(nn.Module):
         batch, tokens, width = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = F.linear(self.norm1(x), self.qkv.weight, bias)
-        q, k, v = qkv.view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = qkv.chunk(3, dim=-1)  # of the last axis: going back they are put together by one copy, not two
+        q, k, v = (part.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = _add(x, self.proj(mixed), keep_attention)
         return _add(x, self.fc2(F.gelu(self.fc1(self.norm2(x)))), keep_mlp)
@@ -147,15 +148,24 @@ class VideoMAE(nn.Module):
         return self.classify(x, noise)
 
     def embed(self, clips: Tensor) -> Tensor:
-        """Tokens (B, N, D) with their positions. The convolution's kernel is its stride: a reshape and one matmul."""
+        """Tokens (B, N, D) with their positions.
+
+        The convolution's kernel is its stride: on a GPU a reshape and one matmul are faster, on the CPU oneDNN's
+        convolution is.
+        """
         batch, frames, channels, height, width = clips.shape
         t, p = self.arch.tubelet, self.arch.patch
         if (frames, height, width) != (self.arch.frames, *self.arch.image) or channels != 3:
             want = (self.arch.frames, 3, *self.arch.image)
             raise ValueError(f"clips are {tuple(clips.shape[1:])}, the model takes (T, C, H, W) = {want}")
-        cubes = clips.view(batch, frames // t, t, 3, height // p, p, width // p, p)
-        cubes = cubes.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, 3 * t * p * p)
-        tokens = self.patch_embed(cubes)
+        if clips.device.type == "cpu":
+            kernel = self.patch_embed.weight.view(-1, 3, t, p, p)
+            maps = F.conv3d(clips.transpose(1, 2), kernel, self.patch_embed.bias, stride=(t, p, p))
+            tokens = maps.flatten(2).transpose(1, 2)
+        else:
+            cubes = clips.view(batch, frames // t, t, 3, height // p, p, width // p, p)
+            cubes = cubes.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, 3 * t * p * p)
+            tokens = self.patch_embed(cubes)
         return tokens + self.positions.to(tokens.dtype)
 
     def classify(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
