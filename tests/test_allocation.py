@@ -99,7 +99,8 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_name_at_wandb(tmp_pa
     assert place.state("a")["wandb_id"] == name
 
 
-def test_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given_back", [False, True])
+def test_whose_lock_was_taken_over_ends(tmp_path: Path, given_back: bool) -> None:
     """slurmd dies, its job runs on unseen, and SLURM starts it again on another node."""
     program = (
         "import sys, time, pathlib; from vac_ddp.engine import lock; lock.BEAT_S = 0.05\n"
@@ -111,7 +112,10 @@ def test_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
     )  # fmt: skip
     assert old.stdout is not None and old.stdout.readline() == "taken\n"
     owner = json.loads((tmp_path / "run.lock").read_text())
-    files.write_json(tmp_path / "run.lock", {**owner, "host": "another", "attempt": 1})
+    if given_back:
+        (tmp_path / "run.lock").unlink()
+    else:
+        files.write_json(tmp_path / "run.lock", {**owner, "host": "another", "attempt": 1})
     _, said = old.communicate(timeout=30)
     assert old.returncode == 1 and "taken over" in said
-    assert json.loads((tmp_path / "run.lock").read_text())["host"] == "another"
+    assert (tmp_path / "run.lock").exists() != given_back

@@ -37,7 +37,7 @@ def cluster() -> Iterator[Cluster]:
 def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Videos and tiny settings where jobs are submitted, with the undisturbed run `whole` of two ranks on two nodes."""
     made = Jobs(cluster, Workplace(tmp_path_factory.mktemp("slurm")))
-    made.whole = made.train("whole", "log.wandb=offline", nodes=2)
+    made.whole = made.train("whole", nodes=2)
     assert cluster.wait(made.whole)["JobState"] == "COMPLETED", made.log(made.whole)
     made.start_what_waits()
     return made

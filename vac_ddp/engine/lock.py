@@ -96,13 +96,22 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _beat(self) -> None:
+        missing = 0
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(OSError, ValueError):
+            owner: object = None
+            try:
                 owner = json.loads(self.path.read_text())
-                if owner != _own():
-                    # SLURM lost sight of this node and started the job elsewhere: two must not write here.
-                    print(f"vac: {self.path.parent} was taken over by {owner}: ending", file=sys.stderr, flush=True)
-                    os._exit(FAILED)
+                missing = 0
+            except FileNotFoundError:  # moved aside for a moment, or taken over and given back
+                missing += 1
+            except (OSError, ValueError):
+                continue
+            if (owner is not None and owner != _own()) or missing > 1:
+                # SLURM lost sight of this node and started the job elsewhere: two must not write here.
+                whom = owner or "a process that is done"
+                print(f"vac: {self.path.parent} was taken over by {whom}: ending", file=sys.stderr, flush=True)
+                os._exit(FAILED)
+            with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def release(self) -> None:
