@@ -98,3 +98,11 @@ def test_folds_are_trained_and_scored_on_this_machine(tmp_path: Path) -> None:
     assert (tmp_path / "folds" / "ensemble" / "submission.csv").exists()
     for member in ensemble.plan(tmp_path / "folds", folds=2, seeds=[0]):
         assert (member.folder / "predictions" / "data_test" / "views.npz").exists()
+
+
+def test_help_names_everything(launcher: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launcher.parse(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--cluster", "--nodes", "--gpus", "--grid", "--folds", "local", "debug"))
