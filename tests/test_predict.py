@@ -513,7 +513,7 @@ from vac_ddp.inference import forward, parts, run
 
 trained, folder, out, log = sys.argv[1:]
 rng = random.Random(int(os.environ["SEED"]))
-real = forward._Stream._pass
+real = forward._Stream.pass_
 
 
 def slow(self, clips):
@@ -521,7 +521,7 @@ def slow(self, clips):
     return real(self, clips)
 
 
-forward._Stream._pass = slow
+forward._Stream.pass_ = slow
 
 
 def rank(number, world, port):
