@@ -136,6 +136,22 @@ def inline_commands(page: Path) -> list[Command]:
     return found
 
 
+PLACEHOLDER = re.compile(r"(?<![\w-])[A-Z]+(?![\w.])|\.\.\.|[*<]")
+FRAGMENTS = ("vac extract --audio", "vac predict --nproc 4")  # flags that the text speaks of, not whole commands
+
+
+def whole_inline_commands(page: Path) -> list[Command]:
+    """Those between backticks that can be typed as they are, and stand in no block of the page."""
+    found = {
+        command.text: command
+        for command in inline_commands(page)
+        if not PLACEHOLDER.search(command.text) and command.text not in FRAGMENTS and len(command.text.split()) > 2
+    }
+    for command in commands(page):
+        found.pop(command.text, None)
+    return list(found.values())
+
+
 def elsewhere(text: str) -> str | None:
     """Why a command is not run here, or None."""
     return next((begin for begin in ELSEWHERE if text == begin or text.startswith(f"{begin} ")), None)
