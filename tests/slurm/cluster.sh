@@ -116,7 +116,7 @@ SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_interval=2
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-KillWait=30
+KillWait=15
 SlurmdTimeout=30
 MinJobAge=3600
 PreemptType=preempt/partition_prio

@@ -109,7 +109,8 @@ class RunLock:
             if (owner is not None and owner != _own()) or missing > 1:
                 # SLURM lost sight of this node and started the job elsewhere: two must not write here.
                 whom = owner or "a process that is done"
-                print(f"vac: {self.path.parent} was taken over by {whom}: ending", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # nobody may listen any more
+                    print(f"vac: {self.path.parent} was taken over by {whom}: ending", file=sys.stderr, flush=True)
                 os._exit(FAILED)
             with contextlib.suppress(OSError):
                 os.utime(self.path)
