@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.loader import facts
+from benchmarks.loader import children, facts
 from benchmarks.pictures import write_videos
 from vac_ddp.data.batch import Batch
 from vac_ddp.data.dataset import TrainClips
@@ -97,6 +98,7 @@ class Stopwatch:
         self.device, self.seconds, self.warm, self.least = device, seconds, warm, least
         self.clock = time.process_time if alone and device.type == "cpu" else time.perf_counter
         self.steps, self.clips, self.began, self.took = 0, 0, 0.0, 0.0
+        self.busy: dict[int, float] = {}
 
     def now(self) -> float:
         """Seconds, once the device has done what it was given."""
@@ -111,6 +113,7 @@ class Stopwatch:
             return True
         if self.steps == self.warm:
             self.began = self.now()
+            self.busy = processor_seconds()
             return True
         self.clips += clips
         if self.device.type == "cuda" and (self.steps - self.warm) % 8 == 0:
@@ -118,12 +121,29 @@ class Stopwatch:
         if self.clock() - self.began < self.seconds or self.steps - self.warm < self.least:
             return True
         self.took = self.now() - self.began
+        self.busy = {pid: took - self.busy.get(pid, took) for pid, took in processor_seconds().items()}
         return False
+
+    @property
+    def free_rate(self) -> float:
+        """Clips a second where every process has a core of its own: what the busiest of them can do."""
+        return self.clips / max(self.busy.values())
 
     @property
     def rate(self) -> float:
         """Clips a second."""
         return self.clips / self.took
+
+
+def processor_seconds() -> dict[int, float]:
+    """Processor time of this process and its children, by process id."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = {os.getpid(): time.process_time()}
+    for pid in children():
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            found[pid] = (int(fields[11]) + int(fields[12])) / ticks
+    return found
 
 
 def ratio(rounds: dict[str, list[float]], way: str, over: str) -> dict[str, float]:
@@ -165,7 +185,7 @@ class Ours:
         count = sum(len(batch) for batch in batches)
         self.stepper.run(batches, step=number, samples=count, lr=1e-5, began=time.perf_counter())
         if len(self.stepper.records) > 10:
-            self.stepper.records.clear()
+            self.stepper.records.popleft()
 
 
 def our_training(config: Config, device: torch.device) -> Ours:

@@ -50,6 +50,7 @@ from vac_ddp.data.index import Index
 from vac_ddp.data.loader import to_device, train_loader
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import DONE, FINDINGS
+from vac_ddp.files import read_json
 from vac_ddp.settings import Config
 
 OURS, EAGER = "vac_ddp", "vac_ddp, not compiled"
@@ -191,13 +192,19 @@ def in_turns(
 ) -> dict[str, Any]:
     """Clips a second of every way in every round, in changing order; alone: nothing else works for them."""
     rounds: dict[str, list[float]] = {name: [] for name in ways}
+    free: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(options.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             watch = Stopwatch(device, seconds=options.seconds, warm=options.warm, alone=alone)
             rounds[name].append(ways[name](watch))
+            free[name].append(watch.free_rate)
             print(f"  {name}: {rounds[name][-1]:.2f} clips/s", file=sys.stderr, flush=True)
-    return {"rounds": {name: [round(rate, 2) for rate in rates] for name, rates in rounds.items()}}
+    kept = {"rounds": rounds} if alone or device.type == "cuda" else {"rounds": free, "wall": rounds}
+    return {
+        what: {name: [round(rate, 2) for rate in rates] for name, rates in found.items()}
+        for what, found in kept.items()
+    }
 
 
 @torch.no_grad()
@@ -356,7 +363,11 @@ def as_lines(result: dict[str, Any], options: Any, command: str) -> list[str]:
             ["way", "clips/s, median", "best round", "of the matmul"], sorted(rows, key=lambda r: -float(r[1]))
         )
     lines += [
-        "In memory on a CPU, a second is one of processor time of this process; with loader, of the clock on the wall.",
+        "On a CPU, seconds are of processor time, so that what else runs on the machine counts less: in memory of this",
+        "process; with loader, of the busiest process, as if each had a core of its own. By the clock on the wall: "
+        + "; ".join(f"{n} {max(r):.0f}" for n, r in result["loader"].get("wall", {}).items())
+        + " clips/s (best rounds).",
+        "",
         f"A matrix product reached {matmul / 1e12:.4g} TFLOP/s in this run; a clip of the first table costs "
         f"{flops / 1e9:.4g} GFLOP forward and backward. Waiting for data with the loader: "
         f"{100 * result['loader']['data_wait']:.1f} %.",
@@ -381,6 +392,7 @@ def choose(argv: list[str] | None) -> Any:
     parser.add_argument("--rounds", type=int, help="turns")
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--clips", type=int, help="clips of a batch")
+    parser.add_argument("--only", choices=("memory", "loader", "profile"), help="this table anew, the others as kept")
     parser.add_argument("--compile", action="store_true", help="on the CPU as well")
     options = parser.parse_args(argv)
     options.compile |= options.gpu
@@ -407,16 +419,20 @@ def main(argv: list[str] | None = None) -> int:
     options = choose(argv)
     device = device_of()
     command = " ".join(["train_step", *(sys.argv[1:] if argv is None else argv)])
-    result: dict[str, Any] = {"about": machine(device)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    name = "train_gpu" if device.type == "cuda" else "train_cpu"
+    result: dict[str, Any] = read_json(options.out / f"{name}.json") if options.only else {}
+    result["about"] = machine(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         videos = 4 if options.dry else 12 if not options.gpu else 32
         index = make_frames(folder, videos=videos, frames=24 if options.dry else 48)
-        result["memory"] = in_memory(options, device, index)
-        result["loader"] = with_loader(options, device, index)
-        result["profile"] = profile(options, device, folder, index)
+        if options.only in (None, "memory"):
+            result["memory"] = in_memory(options, device, index)
+        if options.only in (None, "loader"):
+            result["loader"] = with_loader(options, device, index)
+        if options.only in (None, "profile"):
+            result["profile"] = profile(options, device, folder, index)
     result["bars"] = bars(result, options)
-    name = "train_gpu" if device.type == "cuda" else "train_cpu"
     write(options.out, name, result, as_lines(result, options, command), dry=options.dry)
     return DONE if options.dry or all(bar["met"] for bar in result["bars"]) else FINDINGS
 
