@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vac_ddp.files import read_json, read_json_lines, write_json, write_text
 from vac_ddp.report import services
+from vac_ddp.report.lines import Lines
 from vac_ddp.report.terminal import fitted, start_bar
 from vac_ddp.settings import LogSettings
 
@@ -34,16 +35,16 @@ class Tracker:
     def __init__(self, folder: Path | None, settings: LogSettings, *, rank: int, total_steps: int = 0) -> None:
         self.settings, self.rank, self.total_steps = settings, rank, total_steps
         self.folder = folder if rank == 0 else None
-        self._log: TextIO | None = None
-        self._metrics: TextIO | None = None
+        self._log: Lines | None = None
+        self._metrics: Lines | None = None
         self._bar: Any = None
         self._shown = ""
         self._wandb: Any = None
         self._board: Any = None
         self.wandb_id: str | None = None
         if self.folder is not None:
-            self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
-            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._log = Lines(self.folder / "log.txt")
+            self._metrics = Lines(self.folder / "metrics.jsonl")
         elif folder is not None:
             self._log = _rank_log(folder / "logs" / f"rank-{rank}.txt")
             self.note(f"host {platform.node()}, process {os.getpid()}")
@@ -72,16 +73,15 @@ class Tracker:
         """Lines for this rank's log file alone."""
         if self._log is not None:
             who = f"rank {self.rank}: " if self.rank else ""
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {who}{text}\n")
-            self._log.flush()
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {who}{text}")
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """One line of metrics.jsonl, and the same figures to W&B and TensorBoard."""
         if self._metrics is None:
             return
         plain = {k: (None if isinstance(v, float) and v != v else v) for k, v in figures.items()}
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False) + "\n")
-        self._metrics.flush()
+        if self._metrics.write(json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False)):
+            self.say(f"{self._metrics.path}: {self._metrics.error}; its lines are kept until there is room")
         row = _numbers(kind, figures)
         if self._wandb is not None:
             self._to_wandb(lambda: self._wandb.log(row | {"step": step}))
@@ -104,7 +104,7 @@ class Tracker:
                 stream.flush()
                 os.fsync(stream.fileno())
         write_text(path, "".join(kept))
-        self._metrics = path.open("a", encoding="utf-8")
+        self._metrics = Lines(path)
         return len(behind)
 
     # ------------------------------------------------------------ progress
@@ -210,21 +210,23 @@ class Tracker:
         if self._wandb is not None:
             self._to_wandb(lambda: self._wandb.finish(exit_code=status))
             if self._wandb is not None and self.folder is not None:
-                lines = sum(1 for _ in read_json_lines(self.folder / "metrics.jsonl"))
-                write_json(self.folder / COMPLETE, {"id": self.wandb_id, "lines": lines})
+                sent = sum(1 for _ in read_json_lines(self.folder / "metrics.jsonl"))
+                write_json(self.folder / COMPLETE, {"id": self.wandb_id, "lines": sent})
         if self._board is not None:
             self._board.close()
-        for stream in (self._log, self._metrics):
-            if stream is not None:
-                stream.close()
+        for lines in (self._metrics, self._log):
+            if lines is not None:
+                lines.close()
+                if lines.error:
+                    print(f"{lines.path}: {lines.error}, its last lines are lost", file=sys.stderr, flush=True)
         self._log = self._metrics = None
 
 
-def _rank_log(path: Path) -> TextIO | None:
+def _rank_log(path: Path) -> Lines | None:
     """The log of another rank than 0; None where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a", encoding="utf-8")
+        return Lines(path)
     except OSError:
         return None
 
