@@ -113,4 +113,4 @@ class Jobs:
         ids = self.wandb_ids(run)
         assert len(ids) == wandb and len(set(ids)) == min(wandb, 1), ids
         assert not (self.folder / run / "interrupted.json").exists()
-        assert not list(self.folder.glob(f".vac-status-{job}-*")), "the script leaves no status file behind"
+        assert not (self.folder / f".vac-status-{job}-{restarts}.json").exists(), "the script leaves nothing behind"
