@@ -386,6 +386,9 @@ def levers(bench: Bench, folder: Path) -> list[Lever]:
 
 
 ELSEWHERE = [  # lever, expected, brought, where it was measured
+    ["q, k, v cut from the last axis", "a copy less", "1.015 of a block's backward pass", "by hand, best of 60"],
+    ["mixing skipped where none is set", "1.005", "1.003 of a step", "by hand, best of 12"],
+    ["parameter groups of equal rate merged", "1.01", "1.001 of a step: not kept", "by hand, best of 12"],
     [
         "bf16 all-reduce (train.bf16_reduce)",
         "half the bytes",

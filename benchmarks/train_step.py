@@ -399,7 +399,7 @@ def choose(argv: list[str] | None) -> Any:
     small = options.dry or not options.gpu
     options.sizes = dict(SMALL) if small else {"size": "base"}
     options.loader_sizes = dict(TINY) if small else {"size": "base"}
-    options.frames, options.size, options.loader_size = (16, 112, 112) if small else (16, 224, 224)
+    options.frames, options.size, options.loader_size = (16, 112, 224) if small else (16, 224, 224)
     options.clips = options.clips or (4 if small else 32)
     options.warm = 3 if small else 8
     options.rounds = options.rounds or (1 if options.gpu else 5)

@@ -161,7 +161,7 @@ class VideoMAE(nn.Module):
         if clips.device.type == "cpu":
             kernel = self.patch_embed.weight.view(-1, 3, t, p, p)
             maps = F.conv3d(clips.transpose(1, 2), kernel, self.patch_embed.bias, stride=(t, p, p))
-            tokens = maps.flatten(2).transpose(1, 2)
+            tokens = maps.flatten(2).transpose(1, 2).contiguous()  # or every residual would keep the maps' order
         else:
             cubes = clips.view(batch, frames // t, t, 3, height // p, p, width // p, p)
             cubes = cubes.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, 3 * t * p * p)
