@@ -1,0 +1,111 @@
+"""The speed benchmarks run to their end and write what they measured (their figures mean nothing in a dry run)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.common import Stopwatch, our_training, ratio, settings_for
+from benchmarks.peers import hf_model
+from benchmarks.scaling import step_seconds
+from benchmarks.train_step import check_same
+from tests.support import REPO, environment
+from vac_ddp.files import read_json
+
+
+def gpu_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(REPO / "benchmarks" / "gpu.sh"), *words],
+        env=environment(VAC_PYTHON=sys.executable, OUT=str(folder)),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_a_dry_run_of_the_pieces_leaves_tables(tmp_path: Path) -> None:
+    done = gpu_script(tmp_path, "--dry", "train", "predict")
+    assert done.returncode == 0, done.stdout + done.stderr
+    train, predict = read_json(tmp_path / "train_cpu.json"), read_json(tmp_path / "predict_cpu.json")
+    for part, least in (("memory", 3), ("loader", 4)):
+        rounds = train[part]["rounds"]
+        assert len(rounds) >= least
+        assert all(rate > 0 for rates in rounds.values() for rate in rates)
+    assert sum(train["profile"]["shares"].values()) == pytest.approx(1, abs=0.05)
+    assert train["dry"] and predict["dry"] and set(train["about"]) >= {"date", "device", "processor", "versions"}
+    assert predict["passes"]["difference"] < 1e-3  # our logits and the peer's
+    for name in ("train_cpu", "predict_cpu"):
+        assert "A dry run" in (tmp_path / f"{name}.md").read_text()
+    assert [line.split()[0] for line in done.stdout.split("######## summary")[1].split("\n") if line] == [
+        "train",
+        "predict",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_what_the_script_cannot_do_is_one_line(tmp_path: Path) -> None:
+    for words, said in ((["train", "bake"], "no piece bake"), (["train"], "no CUDA device; --dry tries")):
+        done = gpu_script(tmp_path, *words)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_peer_computes_the_same() -> None:
+    config = settings_for({"width": 32, "depth": 2, "heads": 2}, frames=4, size=32, clips=2)
+    ours = our_training(config, torch.device("cpu"))
+    theirs = hf_model(ours.stepper.model)
+    check_same(ours, theirs, torch.device("cpu"))
+    with torch.no_grad():
+        theirs.classifier.weight.mul_(2)
+    with pytest.raises(AssertionError, match="differ"):
+        check_same(ours, theirs, torch.device("cpu"))
+
+
+def test_steps_of_many_gpus_follow_the_written_model() -> None:
+    """Against the formulas, worked out by hand for 16 GPUs: 13 buckets of 25 MiB, a ring of 10 GB/s, no latency."""
+    gradient, whole = 13 * (25 << 20), 2 * 15 / 16 * 13 * (25 << 20) / 10e9
+    common = {"clips": 32, "rate": 320.0, "gradient": gradient, "bandwidth": 10e9, "latency": 0.0}
+    hidden = 2 / 3 * 0.1 * 12 / 13
+    step, efficiency = step_seconds(16, accumulation=1, **common)
+    assert step == pytest.approx(0.1 + max(whole - hidden, whole / 13))
+    assert efficiency == pytest.approx(0.1 / step)
+    longer, better = step_seconds(16, accumulation=4, **common)
+    assert longer == pytest.approx(0.4 + max(whole - hidden, whole / 13))
+    assert better > efficiency
+    assert step_seconds(1, accumulation=2, **common) == (0.2, 1.0)
+
+
+def test_a_stopwatch_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, other = [0.0], [0.0]
+    monkeypatch.setattr("time.process_time", lambda: other[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = Stopwatch(torch.device("cpu"), seconds=1.0, warm=2, least=1)
+    going, steps = True, 0
+    while going:
+        now[0] += 10.0 if steps < 2 else 0.25
+        steps += 1
+        going = watch.tick(8)
+    assert (steps, watch.clips) == (6, 32)
+    assert watch.rate == pytest.approx(32 / 1.0)
+    alone = Stopwatch(torch.device("cpu"), seconds=1.0, warm=1, least=1, alone=True)
+    assert alone.tick(8)
+    now[0], other[0] = 1000.0, 2.0
+    assert not alone.tick(8)
+    assert alone.rate == pytest.approx(8 / 2.0)
+    assert ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 4.0]}, "a", "b") == {"median": 2.0, "best": 2.25}
+
+
+def test_results_are_kept_with_machine_versions_and_date() -> None:
+    for name in ("train_cpu", "predict_cpu", "scaling", "levers", "curves_cpu"):
+        kept = REPO / "benchmarks" / "results" / f"{name}.json"
+        about = read_json(kept)["about"]
+        assert {"date", "processor", "cores", "versions", "device"} <= set(about), name
+        assert not read_json(kept).get("dry"), name
+        assert about["date"] in kept.with_suffix(".md").read_text()
