@@ -159,9 +159,11 @@ class VideoMAE(nn.Module):
             want = (self.arch.frames, 3, *self.arch.image)
             raise ValueError(f"clips are {tuple(clips.shape[1:])}, the model takes (T, C, H, W) = {want}")
         if clips.device.type == "cpu":
-            kernel = self.patch_embed.weight.view(-1, 3, t, p, p)
-            maps = F.conv3d(clips.transpose(1, 2), kernel, self.patch_embed.bias, stride=(t, p, p))
-            tokens = maps.flatten(2).transpose(1, 2).contiguous()  # or every residual would keep the maps' order
+            # The frames of a tubelet as channels of one image: a view, and oneDNN is far faster in two dimensions.
+            kernel = self.patch_embed.weight.view(-1, 3, t, p, p).transpose(1, 2).flatten(1, 2)
+            images = clips.reshape(batch * frames // t, t * 3, height, width)
+            maps = F.conv2d(images, kernel, self.patch_embed.bias, stride=p)
+            tokens = maps.flatten(2).transpose(1, 2).reshape(batch, -1, kernel.shape[0])
         else:
             cubes = clips.view(batch, frames // t, t, 3, height // p, p, width // p, p)
             cubes = cubes.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, 3 * t * p * p)
