@@ -12,7 +12,7 @@ import torch
 
 from tests.runs import Workplace, assert_same_end, one_line
 from tests.support import environment
-from vac_ddp import config
+from vac_ddp import config, job
 from vac_ddp.inference.viewsfile import read_views
 
 pytestmark = pytest.mark.distributed
@@ -243,3 +243,19 @@ def test_debug_runs_in_one_process_without_data_or_workers(tmp_path: Path) -> No
         timeout=120,
     )
     assert wrong.returncode == 1 and "Traceback" in wrong.stderr
+
+
+def test_even_steps_reach_the_loop(tmp_path: Path) -> None:
+    """21 videos in batches of 6: a short last step, or none."""
+    place = Workplace(tmp_path)
+    sizes = {}
+    for even in ("false", "true"):
+        words = place.arguments(f"even_{even}", f"train.even_steps={even}", "data.workers=0")
+        settings = config.parse(words, program="", about="").config
+        with job.open_job(settings, torch.device("cpu")) as opened:
+            loop = opened.loop
+            sizes[even] = [loop.samples_of_step(step) for step in range(loop.steps_per_epoch)]
+            loads = loop.loader(0, 0)
+            for step, size in enumerate(sizes[even]):
+                assert sum(len(next(loads)) for _ in range(loop.loads_of_step(step))) == size
+    assert sizes == {"false": [6, 6, 6, 3], "true": [5, 5, 5, 6]}
