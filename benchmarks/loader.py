@@ -168,9 +168,16 @@ def our_views(dataset: TestViews) -> Callable[[int], float]:
 
 
 def ceiling(clips: list[Clip], shape: tuple[int, int]) -> Callable[[int], float]:
-    """Full JPEG decoding of the same frames, from memory into one buffer, and nothing else."""
+    """Full JPEG decoding of the same frames, from memory into one buffer, and nothing else.
+
+    The buffer begins 16 bytes beside a multiple of 32, where libjpeg-turbo is fastest: 4.5 ms a clip; on a multiple
+    5.0, and where numpy happens to put it either of them.
+    """
     held = {path: Path(path).read_bytes() for clip in clips for path in clip.paths}
-    buffer = np.empty((*shape, 3), np.uint8)
+    size = shape[0] * shape[1] * 3
+    memory = np.empty(size + 48, np.uint8)
+    start = (16 - memory.ctypes.data) % 32
+    buffer = memory[start : start + size].reshape(*shape, 3)
 
     def make(i: int) -> None:
         for path in clips[i % len(clips)].paths:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
+
+from vac_ddp.data.frames import resize_crop
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -53,6 +58,13 @@ def write_video(folder: Path, frames: int, *, height: int = 48, width: int = 64,
     return folder
 
 
+def cut_out(stack: np.ndarray, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
+    """`box` of frames (N, H, W, 3) resampled by `resize_crop`, (N, size, size, 3)."""
+    out = torch.empty((len(stack), size, size, 3), dtype=torch.uint8)
+    resize_crop(torch.from_numpy(stack), box, out)
+    return out
+
+
 class MemoryVideos:
     """Videos in memory: a list of frames (bytes, or an OSError to raise) for each."""
 
@@ -69,6 +81,9 @@ class MemoryVideos:
         if isinstance(data, OSError):
             raise data
         return data
+
+    def reader(self, video: int) -> Callable[[int], bytes]:
+        return functools.partial(self.frame_bytes, video)
 
     def frame_name(self, video: int, frame: int) -> str:
         return f"{self.names[video]}/{frame + 1:04d}.jpg"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.frame_data import MemoryVideos, jpeg, write_video
+from tests.frame_data import MemoryVideos, cut_out, jpeg, write_video
 from tests.support import REPO, environment
 from vac_ddp.data import loader as loader_module
 from vac_ddp.data.batch import unit_rows
@@ -262,12 +262,12 @@ def test_views_of_scored_videos(index: object, workers: int) -> None:
     assert all(b.decoded.all() for b in batches)
     clips = batches[0].clips[1]
     assert clips.shape == (6, 4, 16, 16, 3)
-    from vac_ddp.data.frames import decode_frame, resize_crop
+    from vac_ddp.data.frames import decode_frame
 
     for k, window in enumerate(test_windows(int(index.frame_counts[2]), settings.clip, views)):
         stack = np.stack([decode_frame(index.frame_bytes(2, int(frame))) for frame in window])
         for c, left in enumerate((0, 8, 16)):
-            assert torch.equal(clips[3 * k + c], resize_crop(stack, (0, left, 48, 48), 16))
+            assert torch.equal(clips[3 * k + c], cut_out(stack, (0, left, 48, 48), 16))
 
 
 def test_short_side_below_the_crop_is_refused(index: object) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.frame_data import difference, encode, jpeg, picture, psnr
 from tests.support import REPO, environment
 from vac_ddp.data import decode as decode_module
-from vac_ddp.data.decode import DamagedFrame, decode_frame, frame_size
+from vac_ddp.data.decode import DamagedFrame, decode_frame, decode_plain_jpeg, frame_size, plain_jpeg_size
 
 
 def by_pillow(data: bytes) -> np.ndarray:
@@ -142,6 +142,43 @@ def test_pillow_and_pillow_simd_decode_alike(which: str, tmp_path: Path) -> None
     assert done.stdout.endswith("False\n")
     for i in range(len(kinds)):
         assert difference(np.load(tmp_path / f"{i}.npy"), decode_frame((tmp_path / f"{i}.frame").read_bytes())) <= 1
+
+
+# ---------------------------------------------------------------- the short way for plain JPEGs
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["colour", "grey", "progressive"])
+def test_plain_jpegs_decode_the_same_the_short_way(factor: int, kind: str) -> None:
+    image = Image.fromarray(picture(123, 163))
+    data = encode(image.convert("L") if kind == "grey" else image, "JPEG", progressive=kind == "progressive")
+    assert plain_jpeg_size(data) == (123, 163)
+    out = np.full((-(-123 // factor), -(-163 // factor), 3), 7, np.uint8)
+    assert decode_plain_jpeg(data, factor, out)
+    assert np.array_equal(out, decode_frame(data, factor=factor))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+def test_a_damaged_jpeg_is_left_to_the_long_way(share: float) -> None:
+    data = jpeg(120, 160)
+    data = data[: int(share * len(data))]
+    assert plain_jpeg_size(data) == (120, 160)
+    assert not decode_plain_jpeg(data, 1, np.empty((120, 160, 3), np.uint8))
+    with pytest.raises(DamagedFrame):
+        decode_frame(data)
+
+
+def test_what_is_not_plain_is_told_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(picture(40, 60))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert plain_jpeg_size(encode(image, "JPEG", exif=turned)) is None
+    assert plain_jpeg_size(encode(image.convert("CMYK"), "JPEG")) is None
+    assert plain_jpeg_size(encode(image, "PNG")) is None
+    for scrap in (b"", b"\xff\xd8", b"text", jpeg(40, 60)[:20]):
+        assert plain_jpeg_size(scrap) is None
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 40 * 60 - 1)
+    assert plain_jpeg_size(encode(image, "JPEG")) is None
 
 
 # ---------------------------------------------------------------- reduced decode

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.frame_data import difference, encode, jpeg, picture, psnr
+from tests.frame_data import cut_out, difference, encode, jpeg, picture, psnr
 from vac_ddp.data import decode as decode_module
 from vac_ddp.data import frames as frames_module
 from vac_ddp.data.frames import (
     NoFrame,
+    _scratch,
     neighbours,
     read_clip,
     reduction,
@@ -56,11 +57,33 @@ def test_clips_of_reduced_frames_are_close_to_those_of_full_ones(shape: tuple[in
 def test_resize_is_pillows_within_one_grey_level(box: tuple[int, int, int, int], count: int) -> None:
     stack = np.stack([picture(120, 160, seed) for seed in range(count)])
     top, left, height, width = box
-    ours = resize_crop(stack, box, 64)
+    ours = cut_out(stack, box, 64)
     assert ours.shape == (count, 64, 64, 3)
     for image, result in zip(stack, ours.numpy(), strict=True):
         cut = Image.fromarray(image).crop((left, top, left + width, top + height))
         assert difference(np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR)), result) <= 1
+
+
+@pytest.mark.parametrize("box", [(7, 11, 90, 60), (0, 0, 120, 160), (3, 5, 30, 150)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_resize_into_its_place_is_torchs_interpolation(box: tuple[int, int, int, int], count: int) -> None:
+    stack = np.stack([picture(120, 160, seed) for seed in range(count)])
+    top, left, height, width = box
+    pixels = torch.from_numpy(stack)[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    whole = torch.full((2, count + 2, 48, 48, 3), 7, dtype=torch.uint8)
+    resize_crop(torch.from_numpy(stack), box, whole[1, 1:-1])
+    expected = torch.nn.functional.interpolate(pixels, (48, 48), mode="bilinear", antialias=True)
+    assert torch.equal(whole[1, 1:-1], expected.permute(0, 2, 3, 1))
+    assert (whole[0] == 7).all()
+    assert (whole[1, [0, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 240, 320, 3), (1, 31, 33, 3), (2, 720, 1280, 3), (3, 5, 7, 3)])
+def test_frames_are_decoded_beside_the_addresses_where_libjpeg_writes_past_the_caches(shape: tuple[int, ...]) -> None:
+    buffer = _scratch(*shape)
+    assert buffer.shape == shape
+    assert buffer.flags.c_contiguous
+    assert buffer.ctypes.data % 32 == 16
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,7 +113,7 @@ def test_view_is_what_resize_and_crop_in_two_steps_make() -> None:
     assert box == (8, 40, 112, 112)
     two = Image.fromarray(image).resize((96, 64), Image.Resampling.BILINEAR).crop((20, 4, 76, 60))
     inner = np.s_[1:-1, 1:-1]  # at the border of a crop the filter has other neighbours
-    assert difference(resize_crop(image[None], box, 56)[0].numpy()[inner], np.asarray(two)[inner]) <= 1
+    assert difference(cut_out(image[None], box, 56)[0].numpy()[inner], np.asarray(two)[inner]) <= 1
 
 
 @given(

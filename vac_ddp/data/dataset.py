@@ -29,7 +29,7 @@ class Videos(Protocol):
 
     @property
     def names(self) -> Sequence[str]: ...  # noqa: D102
-    def frame_bytes(self, video: int, frame: int) -> bytes: ...  # noqa: D102
+    def reader(self, video: int) -> Callable[[int], bytes]: ...  # noqa: D102
     def frame_name(self, video: int, frame: int) -> str: ...  # noqa: D102
 
 
@@ -120,7 +120,7 @@ class TrainClips(Dataset):
             if not count:
                 raise NoFrame({})
             damaged = take(
-                lambda frame: self.index.frame_bytes(video, frame),
+                self.index.reader(video),
                 train_frames(count, self.settings.clip, generator(self.seed, epoch, draw, FRAMES)),
                 lambda height, width: [draw_crop_box(rng, augment, height, width) for rng in self._rngs(key, CROP)],
                 n_frames=count,
@@ -236,7 +236,7 @@ class TestViews(Dataset):
             raise NoFrame({})
         size, crops = self.clip.size, self.views.crops
         return take(
-            lambda frame: self.index.frame_bytes(video, frame),
+            self.index.reader(video),
             windows,
             lambda height, width: view_boxes(height, width, size=size, short_side=self.short_side, crops=crops),
             n_frames=count,

@@ -79,15 +79,38 @@ def frame_size(data: bytes) -> tuple[int, int]:
         raise DamagedFrame(_reason(data, error)) from error
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a whole, upright JPEG in colour or grey, as far as can be seen without decoding it."""
-    if data[:2] != b"\xff\xd8" or not data.rstrip(b"\x00").endswith(b"\xff\xd9") or _orientation(data) != 1:
-        return False
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an upright JPEG in colour or grey that may be decoded in full, None for all else.
+
+    Its header says so; whether the picture is whole, only decoding tells.
+    """
+    if data[:2] != b"\xff\xd8" or _orientation(data) != 1:
+        return None
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        return colour not in ("CMYK", "YCCK") and bounded_factor(height, width, 1) == 1
-    except (ValueError, DamagedFrame):
+    except Exception:  # a broken header raises more than one kind
+        return None
+    return None if colour in ("CMYK", "YCCK") or height * width > MAX_PIXELS else (height, width)
+
+
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether this is a whole, upright JPEG in colour or grey, as far as can be seen without decoding it."""
+    return plain_jpeg_size(data) is not None and data.rstrip(b"\x00").endswith(b"\xff\xd9")
+
+
+def decode_plain_jpeg(data: bytes, factor: int, out: np.ndarray) -> bool:
+    """Decode a JPEG of which `plain_jpeg_size` told the size, at 1/factor of it, rounded up, into `out` of that size.
+
+    False: it is damaged, `decode_frame` says how. Saves what `decode_frame` does beside decoding.
+    """
+    height, width = out.shape[:2]
+    try:
+        simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, factor, out)
+    except MemoryError:
+        raise
+    except Exception:
         return False
+    return True
 
 
 def _decode_jpeg(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,18 +101,32 @@ class FrameNames:
 
     def name(self, video: int, frame: int) -> str:
         """The file name of frame number `frame` (from 0) of `video`."""
-        run, end = int(self.starts[video]), int(self.starts[video + 1])
-        if end - run > 1:
-            upto = np.cumsum(self.count[run:end])
-            ahead = int(np.searchsorted(upto, frame, side="right"))
-            frame -= int(upto[ahead - 1]) if ahead else 0
-            run += ahead
-        if run >= end or not 0 <= frame < self.count[run]:
-            raise IndexError(f"video {video} has no frame {frame}")
-        style = int(self.style[run])
-        pad = int(self.pads[style])
-        number = "" if pad == NO_NUMBER else str(int(self.first[run]) + frame * int(self.step[run])).zfill(pad)
-        return f"{self.prefixes[style]}{number}{self.suffixes[style]}"
+        return self.namer(video)(frame)
+
+    def namer(self, video: int) -> Callable[[int], str]:
+        """A function from a frame's number (from 0) to its file name in `video`, for many frames of one video."""
+        begin, end = int(self.starts[video]), int(self.starts[video + 1])
+        upto = np.cumsum(self.count[begin:end])
+        total = int(upto[-1]) if end > begin else 0
+        known: dict[int, tuple[int, str, int, int, int, str]] = {}
+
+        def facts_of(run: int) -> tuple[int, str, int, int, int, str]:
+            style = int(self.style[run])
+            ahead = int(upto[run - begin]) - int(self.count[run])
+            pad, first, step = int(self.pads[style]), int(self.first[run]), int(self.step[run])
+            return ahead, self.prefixes[style], pad, first, step, self.suffixes[style]
+
+        def name(frame: int) -> str:
+            if not 0 <= frame < total:
+                raise IndexError(f"video {video} has no frame {frame}")
+            run = begin if end - begin == 1 else begin + int(np.searchsorted(upto, frame, side="right"))
+            if run not in known:
+                known[run] = facts_of(run)
+            ahead, prefix, pad, first, step, suffix = known[run]
+            number = "" if pad == NO_NUMBER else str(first + (frame - ahead) * step).zfill(pad)
+            return f"{prefix}{number}{suffix}"
+
+        return name
 
     def names(self, video: int) -> list[str]:
         """All frame names of `video`, in order."""
