@@ -21,7 +21,7 @@ from vac_ddp.data import loader as loader_module
 from vac_ddp.data.batch import unit_rows
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.index import open_index
-from vac_ddp.data.loader import Loader, check_shared_memory, test_loader, to_device, train_loader, worker_count
+from vac_ddp.data.loader import Loader, test_loader, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import Key, StepSampler
 from vac_ddp.data.sampling import FRAMES, MIX, generator, test_windows, train_frames
 from vac_ddp.errors import UserError
@@ -220,7 +220,7 @@ def test_a_batch_survives_the_way_between_processes(index: object) -> None:
             assert torch.equal(a, b)
             assert a.dtype == b.dtype
         state = batch.__getstate__()
-        assert [name for name, value in state.items() if isinstance(value, torch.Tensor)] == ["clips"]
+        assert not any(isinstance(value, torch.Tensor) for value in state.values())  # a file descriptor each
 
 
 @pytest.mark.gpu
@@ -364,12 +364,6 @@ def test_loader_processes_ignore_signals_and_run_one_thread() -> None:
 def children_of(process: int) -> list[int]:
     text = Path(f"/proc/{process}/task/{process}/children").read_text()
     return [int(number) for number in text.split()]
-
-
-def test_batches_that_do_not_fit_into_shared_memory_are_refused() -> None:
-    check_shared_memory(100, workers=2, prefetch=3, free=600)
-    with pytest.raises(UserError, match=r"2 loader processes with 3 batches each need 6 MiB .* has 5 MiB free"):
-        check_shared_memory(1 << 20, workers=2, prefetch=3, free=(6 << 20) - 1)
 
 
 SCRIPT = """

@@ -124,6 +124,7 @@ def test_the_program_measures_and_advises(tmp_path: Path) -> None:
     made = run(tmp_path, "--config", "hmdb51_videomae_base", "data.train=nowhere")
     assert made.returncode == 0, made.stderr
     assert "made frames" in made.stdout
+    assert "\nmemory " in made.stdout
     assert "1078 GFLOP a clip" in made.stdout  # the size is in the name of the weights
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
 
+from vac_ddp.data import slots
 from vac_ddp.data.augment import HOST_PARAMETERS
 from vac_ddp.data.gpu_decode import Layout, decode_clips
 
@@ -68,7 +69,7 @@ class Batch:
         yield from self.params.values()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**_small_as_arrays(vars(self)), "params": {name: t.numpy() for name, t in self.params.items()}}
+        return {**_as_arrays(vars(self)), "params": {name: t.numpy() for name, t in self.params.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         params = {name: torch.from_numpy(array) for name, array in state["params"].items()}
@@ -114,7 +115,7 @@ class TestBatch:
         yield from (value for value in vars(self).values() if isinstance(value, Tensor))
 
     def __getstate__(self) -> dict[str, Any]:
-        return _small_as_arrays(vars(self))
+        return _as_arrays(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(_as_tensors(state))
@@ -124,20 +125,20 @@ def _clips_on(clips: Tensor, layout: Layout | None, device: torch.device, non_bl
     return clips.to(device, non_blocking=non_blocking) if layout is None else decode_clips(clips, layout, device)
 
 
-def _small_as_arrays(fields: dict[str, Any]) -> dict[str, Any]:
-    """What goes between processes: only the clips by shared memory, which costs a file descriptor a tensor."""
-    return {name: v.numpy() if isinstance(v, Tensor) and name != "clips" else v for name, v in fields.items()}
+def _as_arrays(fields: dict[str, Any]) -> dict[str, Any]:
+    """What goes between processes: the place of the clips in shared memory, all else through the pipe."""
+    arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in fields.items()}
+    return {**arrays, "clips": slots.packed(fields["clips"])}
 
 
 def _as_tensors(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in fields.items()}
+    tensors = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in fields.items()}
+    return {**tensors, "clips": slots.unpacked(fields["clips"])}
 
 
 def clip_buffer(*shape: int) -> Tensor:
-    """An uint8 tensor to decode into; in a loader process it lies in shared memory, so that nobody copies it again."""
-    if get_worker_info() is None or 0 in shape:
-        return torch.empty(shape, dtype=torch.uint8)
-    return default_collate([torch.zeros(1, dtype=torch.uint8).expand(shape[1:])] * shape[0])
+    """An uint8 tensor to decode into; in a loader process it lies in memory that the rank sees as well."""
+    return slots.buffer(math.prod(shape)).view(shape)
 
 
 def file_buffer(files: list[bytes]) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,16 +20,17 @@ from vac_ddp.data.batch import Batch, TestBatch
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.processes import LoaderContext
 from vac_ddp.data.sampler import StepSampler
+from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
 from vac_ddp.settings import ClipSettings
 
-SHARED_MEMORY = Path("/dev/shm")  # where batches lie on their way between processes
 NAMED = 50  # damaged frames that a rank names one by one
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def start_worker(_: int) -> None:
+def start_worker(worker: int, *, slots: Slots) -> None:
     """Set up a loader process: its rank decides when it ends, not a signal to the process group; one thread."""
+    use_slots(slots, worker)
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
@@ -51,17 +51,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def check_shared_memory(batch_bytes: int, *, workers: int, prefetch: int, free: int) -> None:
-    """Refuse loader processes whose batches do not fit into the `free` bytes of shared memory: they would die of it."""
-    needed = batch_bytes * workers * prefetch
-    if needed > free:
-        raise UserError(
-            f"{workers} loader processes with {prefetch} batches each need {needed >> 20} MiB of shared memory, "
-            f"/dev/shm has {free >> 20} MiB free: make it larger (docker run --shm-size), "
-            "or lower data.workers or data.prefetch"
-        )
-
-
 def worker_count(setting: int | None, *, local_ranks: int) -> int:
     """Loader processes of one rank: the setting, or the cores this machine gives it, at most 16, at least 1."""
     if setting is not None:
@@ -74,7 +63,8 @@ class Loader:
 
     `dataset.__getitems__(keys)` makes a batch of each list of keys that `batches` yields. A damaged frame is named in
     the first batch that meets it and in no other; `damaged` counts them; after `named` names one line says that the
-    others are only counted.
+    others are only counted. `batch_bytes` is what the clips of a batch take, `held` how many batches the rank needs
+    at a time; more, or larger ones, come through the pipe, which is slower.
     """
 
     def __init__(
@@ -86,27 +76,27 @@ class Loader:
         prefetch: int,
         pin: bool,
         batch_bytes: int,
+        held: int,
         named: int | None,
     ) -> None:
         extra: dict[str, Any] = {}
         if workers:
-            if SHARED_MEMORY.is_dir():
-                free = shutil.disk_usage(SHARED_MEMORY).free
-                check_shared_memory(batch_bytes, workers=workers, prefetch=prefetch, free=free)
+            # A process has up to `prefetch` batches under way beside those that the rank holds.
+            slots = Slots(workers=workers, each=prefetch + 1 + -(-held // workers), size=batch_bytes)
             extra = {
                 "prefetch_factor": prefetch,
                 "persistent_workers": True,
-                "worker_init_fn": start_worker,
+                "worker_init_fn": functools.partial(start_worker, slots=slots),
                 "multiprocessing_context": LoaderContext(),
             }
         self._loader = DataLoader(
             dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **extra
         )
-        self._iterator: Any = None
+        self._running: list[Any] = []
         self._met: set[str] = set()
         self._named = named
-        reference = weakref.ref(self)
-        atexit.register(lambda: (alive := reference()) and alive.close())
+        weakref.finalize(self, _shut_down, self._running).atexit = False
+        atexit.register(_shut_down, self._running)  # before multiprocessing would wait for them for ever
 
     @property
     def damaged(self) -> int:
@@ -117,10 +107,11 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        self._iterator = iter(self._loader)
+        batches = iter(self._loader)
+        self._running[:] = [batches]
         while True:
             try:
-                batch = next(self._iterator)
+                batch = next(batches)
             except StopIteration:
                 return
             except UserError as error:
@@ -140,10 +131,14 @@ class Loader:
 
     def close(self) -> None:
         """End the loader processes."""
-        shutdown = getattr(self._iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
-        self._iterator = None
+        _shut_down(self._running)
+
+
+def _shut_down(running: list[Any]) -> None:
+    while running:
+        end = getattr(running.pop(), "_shutdown_workers", None)
+        if end is not None:
+            end()
 
 
 def _one_line(error: UserError) -> str:
@@ -165,6 +160,7 @@ def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin
         prefetch=dataset.settings.data.prefetch,
         pin=pin,
         batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step) * repeats * clip_bytes(clip),
+        held=2 * sampler.loads_of_step(0),  # of a step, and of the one before until it is let go
         named=NAMED,
     )
 
@@ -189,6 +185,7 @@ def test_loader(
         prefetch=prefetch,
         pin=pin,
         batch_bytes=clips * clip_bytes(dataset.clip),
+        held=2,
         named=None,
     )
 

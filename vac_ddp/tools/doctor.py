@@ -27,6 +27,7 @@ from vac_ddp.tools.machine import (
     all_reduce_rate,
     copy_rate,
     decode_rate_together,
+    free_memory,
     make_sample,
     read_rate,
     sample_frames,
@@ -205,15 +206,14 @@ def examine(config: Config, say: Callable[[str], None]) -> Found:
     say(f"{'decoding':<22} {one:.1f} clips/s a core ({one * clip.frames:.0f} frames/s), {every:.1f} by "
         f"{max(1, min(cores, workers * ranks))} processes")  # fmt: skip
     say(f"{'disk':<22} {read / 1e6:.0f} MB/s, {read / size:.0f} frames/s (what the page cache holds is faster)")
-    shared = Path("/dev/shm")
     notes = []
-    if shared.is_dir() and workers:
-        free = os.statvfs(shared)
-        available, batch = free.f_bavail * free.f_frsize, config.train.clips_per_gpu
-        needed = workers * ranks * config.data.prefetch * (batch if isinstance(batch, int) else 8) * clip_bytes(clip)
-        say(f"{'shared memory':<22} {available / GIB:.1f} GiB free, batches may take {needed / GIB:.2f} GiB")
-        if needed > available:
-            notes.append("batches do not fit into /dev/shm: make it larger, or lower data.workers or data.prefetch")
+    if workers:
+        free, batch = free_memory(), config.train.clips_per_gpu
+        batches = workers * ranks * (config.data.prefetch + 1)
+        needed = batches * (batch if isinstance(batch, int) else 8) * clip_bytes(clip)
+        say(f"{'memory':<22} {free / GIB:.1f} GiB free, batches on their way may take {needed / GIB:.2f} GiB")
+        if needed > free:
+            notes.append("batches do not fit into memory: lower data.workers or data.prefetch")
     copy = copy_rate(device) if cuda else None
     if copy is not None:
         say(f"{'host to device':<22} {copy / 1e9:.1f} GB/s, {copy / clip_bytes(clip):.0f} clips/s")

@@ -111,6 +111,15 @@ def read_rate(paths: list[Path]) -> float:
     return size / max(1e-6, time.perf_counter() - begin)
 
 
+def free_memory() -> int:
+    """Bytes of memory that programs can still have."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def copy_rate(device: torch.device) -> float:
     """Bytes a second from pinned memory to a CUDA device."""
     host = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
