@@ -86,6 +86,20 @@ def test_frames_are_decoded_beside_the_addresses_where_libjpeg_writes_past_the_c
     assert buffer.ctypes.data % 32 == 16
 
 
+@pytest.mark.parametrize("windows", [[[0, 2], [3, 5]], [[0, 2], [2, 4]], [[4, 1], [0, 5]], [[1, 3]]])
+@pytest.mark.parametrize("crops", [1, 3])
+def test_windows_and_crops_come_to_their_places(windows: list[list[int]], crops: int) -> None:
+    """Against frames decoded and cut one by one; the crops of a window are neighbours in memory, as in a batch."""
+    video = [jpeg(40, 60, seed) for seed in range(6)]
+    boxes = view_boxes(40, 60, size=24, short_side=24, crops=crops)
+    batch = torch.full((len(windows), crops, 2, 24, 24, 3), 7, dtype=torch.uint8)
+    read_clip(video.__getitem__, np.array(windows), lambda h, w: boxes, batch.movedim(1, 0), n_frames=6)
+    for window, clips in zip(windows, batch, strict=True):
+        stack = np.stack([decode_module.decode_frame(video[frame]) for frame in window])
+        for box, clip in zip(boxes, clips, strict=True):
+            assert torch.equal(clip, cut_out(stack, box, 24))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 400), st.integers(0, 200), st.sampled_from([1, 3]))
 def test_view_boxes_are_squares_within_the_frame(height: int, width: int, size: int, more: int, crops: int) -> None:

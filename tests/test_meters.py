@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from benchmarks.common import our_training, settings_for
 from benchmarks.scaling import random_batch
 from tests.runs import Workplace
+from tests.support import environment
 from vac_ddp.engine import meters
 from vac_ddp.engine.health import Summary
 from vac_ddp.engine.step import StepRecord, phases
@@ -136,6 +140,30 @@ def test_garbage_is_collected_by_hand_inside_and_by_itself_after() -> None:
         raise KeyError
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
+def test_memory_that_is_freed_stays_and_costs_no_page_faults() -> None:
+    """Faults of filling and freeing 200 MB again and again, in a process of its own."""
+    program = """
+import resource, sys, torch
+from vac_ddp.engine.meters import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for turn in range(8):
+    if turn == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for how in ("plain", "kept"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, how], env=environment(), capture_output=True, text=True, check=True
+        )
+        faults[how] = int(done.stdout)
+    assert faults["kept"] < 100
+    assert faults["plain"] > 1000
 
 
 # ---------------------------------------------------------------- runs

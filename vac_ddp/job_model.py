@@ -17,7 +17,7 @@ from vac_ddp import distributed
 from vac_ddp.engine import checkpoint
 from vac_ddp.engine.ema import Ema
 from vac_ddp.engine.fit import fit_clips
-from vac_ddp.engine.meters import Meters, clip_flops, matmul_rate
+from vac_ddp.engine.meters import Meters, clip_flops, keep_freed_memory, matmul_rate
 from vac_ddp.engine.optim import Group, make_groups, make_optimizer
 from vac_ddp.engine.step import Stepper
 from vac_ddp.errors import UserError
@@ -57,6 +57,8 @@ def make_stepper(
     config: Config, device: torch.device, data: Data, loaded: Loaded, resumed: Resumed, say: Callable[[str], None]
 ) -> tuple[Stepper, list[Group], Meters]:
     """The model on its device, compiled and wrapped as set, with average, optimizer and scaler, restored if resumed."""
+    if device.type == "cpu":
+        keep_freed_memory()
     model = loaded.model.to(device)
     precision = precision_of(config, device)
     model.checkpointing = config.train.checkpointing

@@ -137,8 +137,16 @@ def _words(name: str) -> list[str]:
 
 
 def normalise(clips: Tensor, mean: Values, std: Values, dtype: torch.dtype) -> Tensor:
-    """Clips (B, T, H, W, 3) uint8 as (B, T, 3, H, W) `dtype`: value / 255, minus `mean`, over `std` (3 values each)."""
-    return _normalise_planar(clips.permute(0, 1, 4, 2, 3), mean, std, dtype)
+    """Clips (B, T, H, W, 3) uint8 as (B, T, 3, H, W) `dtype`: value / 255, minus `mean`, over `std` (3 values each).
+
+    The channels of a pixel stay neighbours in memory: one pass without a transposition, and `VideoMAE.embed` takes
+    patches out in long runs.
+    """
+    batch, frames, height, width, _ = clips.shape
+    mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
+    scale, shift = (_to(value.repeat(width), clips.device) for value in (1 / (255 * std), mean / std))
+    out = clips.reshape(batch, frames, height, width * 3).to(torch.float32, copy=True)
+    return out.mul_(scale).sub_(shift).to(dtype).view(clips.shape).permute(0, 1, 4, 2, 3)
 
 
 def augment_clips(
@@ -174,17 +182,19 @@ def augment_clips(
     if len(clips) == 0:
         return normalise(clips, mean, std, dtype)
     host = {name: params[name].cpu() for name in HOST_PARAMETERS}
-    planar = clips.permute(0, 1, 4, 2, 3)
     flipped = host["flip"].nonzero()[:, 0].tolist()
+    if flipped:
+        clips = clips.clone()
+    for rows in _chunks(flipped, clips.device):
+        _replace(clips, rows, lambda part: part.flip(-2))
     rounds = plan(host["ops"].tolist())
-    if flipped or rounds:
-        planar = planar.clone(memory_format=torch.contiguous_format)
-    for rows in _chunks(flipped, planar.device):
-        _replace(planar, rows, lambda part: part.flip(-1))
-    for kind, rows, slots in rounds:
-        for part in _chunks(list(zip(rows, slots, strict=True)), planar.device):
-            _operate(planar, kind, [row for row, _ in part], [slot for _, slot in part], host)
-    out = _normalise_planar(planar, mean, std, dtype)
+    if rounds:
+        planar = clips.permute(0, 1, 4, 2, 3).contiguous()
+        for kind, rows, slots in rounds:
+            for part in _chunks(list(zip(rows, slots, strict=True)), planar.device):
+                _operate(planar, kind, [row for row, _ in part], [slot for _, slot in part], host)
+        clips = planar.permute(0, 1, 3, 4, 2)
+    out = normalise(clips, mean, std, dtype)
     if augment.erase > 0:
         _erase(out, host["erase"].tolist(), host["erase_seed"].tolist())
     return out
@@ -224,11 +234,15 @@ def _operate(planar: Tensor, kind: Op, rows: list[int], slots: list[int], host: 
         _replace(planar, rows, pixels.ENHANCED[kind], values)
 
 
-def _replace(planar: Tensor, rows: list[int], operation: Callable[..., Tensor], *values: Tensor) -> None:
+def _replace(all_clips: Tensor, rows: list[int], operation: Callable[..., Tensor], *values: Tensor) -> None:
     """Put what `operation(clips, *values)` makes of the clips `rows` in their place; `values` lie in host memory."""
-    where = _to(torch.tensor(rows), planar.device)
-    clips = planar.index_select(0, where)
-    planar.index_copy_(0, where, operation(clips, *(_to(value, planar.device) for value in values)))
+    if len(rows) == 1:
+        clip = all_clips[rows[0] : rows[0] + 1]
+        clip.copy_(operation(clip, *(_to(value, all_clips.device) for value in values)))
+        return
+    where = _to(torch.tensor(rows), all_clips.device)
+    clips = all_clips.index_select(0, where)
+    all_clips.index_copy_(0, where, operation(clips, *(_to(value, all_clips.device) for value in values)))
 
 
 def _erase(clips: Tensor, boxes: list[list[int]], seeds: list[int]) -> None:
@@ -245,13 +259,6 @@ def _erase(clips: Tensor, boxes: list[list[int]], seeds: list[int]) -> None:
 def _chunks(items: list, device: torch.device) -> list[list]:
     step = CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
     return [items[i : i + step] for i in range(0, len(items), step)]
-
-
-def _normalise_planar(planar: Tensor, mean: Values, std: Values, dtype: torch.dtype) -> Tensor:
-    mean = _to(torch.as_tensor(mean, dtype=torch.float32), planar.device).view(3, 1, 1)
-    std = _to(torch.as_tensor(std, dtype=torch.float32), planar.device).view(3, 1, 1)
-    out = planar.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return out.mul_(1 / (255 * std)).sub_(mean / std).to(dtype)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -206,8 +206,9 @@ def read_clip(
     size = out.shape[-2]
     source = FrameReader(read, n_frames, tolerant)
     frames = np.asarray(frames, dtype=np.int64)
-    one_window = frames.size == frames.shape[-1] and bool((np.diff(frames) > 0).all())
-    wanted, places = (frames.reshape(-1), None) if one_window else np.unique(frames, return_inverse=True)
+    alone = len(out) == 1 or frames.size == frames.shape[-1]  # clips lie in `out` one behind the other
+    in_place = alone and bool((np.diff(frames.reshape(-1)) > 0).all())
+    wanted, places = (frames.reshape(-1), None) if in_place else np.unique(frames, return_inverse=True)
     shape = source.use(int(wanted[0]), lambda data, _: frame_size(data))
     crops = list(boxes(*shape))
 
@@ -220,7 +221,8 @@ def read_clip(
     chunk = min(len(wanted), max(1, CHUNK_BYTES // math.prod(expected)))
     buffer = _scratch(chunk, *expected)
     pixels, slots = torch.from_numpy(buffer), list(buffer)
-    once = out.flatten(1, -4) if one_window else out.new_empty((len(crops), len(wanted), size, size, 3))
+    once = out.flatten(1, -4) if in_place else out.new_empty((len(crops), len(wanted), size, size, 3))
+    assert not in_place or once.data_ptr() == out.data_ptr()
 
     def resample(stack: torch.Tensor, end: int) -> None:
         for number, box in enumerate(crops):

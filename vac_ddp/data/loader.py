@@ -185,7 +185,7 @@ def test_loader(
         prefetch=prefetch,
         pin=pin,
         batch_bytes=clips * clip_bytes(dataset.clip),
-        held=2,
+        held=16,  # clips wait for a pass to be full
         named=None,
     )
 

@@ -88,9 +88,10 @@ def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tens
     columns = (x >= box[:, 2:3]) & (x < box[:, 3:4])
     outside = ~(rows[:, :, None] & columns[:, None, :])
     own = torch.where(cut[:, None, None], outside.to(keep.dtype), keep[:, None, None])
-    own = own[:, None, None]  # (B, 1, 1, H, W)
-    wide = clips.float()  # a share in bfloat16 would be off by up to 0.4 %
-    return torch.lerp(wide.index_select(0, partner), wide, own).to(clips.dtype), keep
+    own = own[:, None, :, :, None]  # (B, 1, H, W, 1)
+    wide = clips.movedim(2, -1).float()  # a share in bfloat16 would be off by up to 0.4 %
+    mixed = torch.lerp(wide.index_select(0, partner), wide, own)
+    return mixed.to(clips.dtype).movedim(-1, 2), keep
 
 
 def soft_targets(labels: Tensor, partner_labels: Tensor, keep: Tensor, num_classes: int, smoothing: float) -> Tensor:
