@@ -252,5 +252,8 @@ def read_clip(
         if held:
             resample(pixels[:held], first + len(part))
     if places is not None:
-        out[:] = once[:, torch.from_numpy(places.reshape(frames.shape))]
+        rows = torch.from_numpy(places.reshape(frames.shape))
+        for window in np.ndindex(frames.shape[:-1]):
+            for crop, clips in zip(once, out, strict=True):
+                torch.index_select(crop, 0, rows[window], out=clips[window])
     return source.damaged
