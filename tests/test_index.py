@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.support import shared
 from vac_ddp.data import scan as scanning
 from vac_ddp.data.frame_names import FrameNames, Texts, join_frames, natural_key, pack_runs, runs_of
-from vac_ddp.data.index import Index, cache_path, open_index
+from vac_ddp.data.index import Index, _contents, cache_path, open_index
 from vac_ddp.data.index_file import read_scan
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
@@ -589,3 +589,12 @@ def test_the_real_clips(tmp_path: Path, data: DataSettings) -> None:
     assert (len(train), len(train.classes), int(train.frame_counts.sum())) == (83, 6, 1992)
     assert list(test.names) == [f"{i:05d}" for i in range(1, 32)]
     assert train.notes == test.notes == []
+
+
+def test_a_file_that_does_not_say_its_size_is_read_to_its_end(tmp_path: Path) -> None:
+    """As on some network file systems; those of /proc are such files."""
+    assert Path("/proc/self/mounts").stat().st_size == 0
+    assert _contents("/proc/self/mounts") == Path("/proc/self/mounts").read_bytes() != b""
+    for size in (0, 1, 3 << 20):
+        (tmp_path / "file").write_bytes(bytes(size))
+        assert _contents(str(tmp_path / "file")) == bytes(size)

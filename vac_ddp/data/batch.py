@@ -137,12 +137,12 @@ def _as_tensors(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def clip_buffer(*shape: int) -> Tensor:
-    """An uint8 tensor to decode into; in a loader process it lies in memory that the rank sees as well."""
+    """An uint8 tensor to decode into; in a loader process, where a slot is free, in memory that the rank sees."""
     return slots.buffer(math.prod(shape)).view(shape)
 
 
 def file_buffer(files: list[bytes]) -> Tensor:
-    """The files behind each other, (L,) uint8; in a loader process in shared memory."""
+    """The files behind each other, (L,) uint8, in a `clip_buffer`."""
     buffer = clip_buffer(1, max(1, sum(map(len, files))))[0]
     at = 0
     for data in files:

@@ -100,6 +100,7 @@ class FrameReader:
         self.read, self.n_frames, self.tolerant = read, n_frames, tolerant
         self.damaged: dict[int, str] = {}
         self._files: dict[int, bytes] = {}
+        self._last: tuple[int, bytes] | None = None
 
     def use(self, frame: int, make: Callable[[bytes, bool], _Made]) -> _Made:
         """What `make(data, tolerant)` returns for `frame` or for what stands in for it.
@@ -128,17 +129,20 @@ class FrameReader:
 
     def fetch(self, frames: Sequence[int]) -> list[bytes | None]:
         """The files of `frames`, kept until the next call; None for one that cannot be read, which `use` then meets."""
-        kept, self._files = self._files, {}
+        self._files = {}
         for frame in frames:
             with contextlib.suppress(OSError):
-                self._files[frame] = kept[frame] if frame in kept else self.read(frame)
+                known = self._last is not None and self._last[0] == frame
+                self._files[frame] = self._last[1] if known else self.read(frame)
         return [self._files.get(frame) for frame in frames]
 
     def bytes_of(self, frame: int) -> bytes:
-        """The file of a frame. Raises OSError where it cannot be read."""
-        if frame not in self._files:
-            self._files[frame] = self.read(frame)
-        return self._files[frame]
+        """The file of a frame; of those that were not fetched the last is kept. Raises OSError: it cannot be read."""
+        if frame in self._files:
+            return self._files[frame]
+        if self._last is None or self._last[0] != frame:
+            self._last = (frame, self.read(frame))
+        return self._last[1]
 
 
 _kept = threading.local()
@@ -221,8 +225,8 @@ def read_clip(
     chunk = min(len(wanted), max(1, CHUNK_BYTES // math.prod(expected)))
     buffer = _scratch(chunk, *expected)
     pixels, slots = torch.from_numpy(buffer), list(buffer)
-    once = out.flatten(1, -4) if in_place else out.new_empty((len(crops), len(wanted), size, size, 3))
-    assert not in_place or once.data_ptr() == out.data_ptr()
+    shape_of_all = (len(crops), len(wanted), size, size, 3)
+    once = out.view(shape_of_all) if in_place else out.new_empty(shape_of_all)
 
     def resample(stack: torch.Tensor, end: int) -> None:
         for number, box in enumerate(crops):

@@ -81,9 +81,9 @@ def _contents(path: str) -> bytes:
     """A file's bytes, with the fewest system calls: a clip reads its frames from as many small files."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.fstat(handle).st_size
-        data = os.read(handle, size)
-        while len(data) < size and (more := os.read(handle, size - len(data))):
+        size = os.fstat(handle).st_size  # 0: empty, or on a file system that does not say
+        data = os.read(handle, size or 1 << 20)
+        while data and (len(data) < size or not size) and (more := os.read(handle, 1 << 20)):
             data += more
     finally:
         os.close(handle)

@@ -24,6 +24,7 @@ from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
 from vac_ddp.settings import ClipSettings
 
+FILE_BYTES = 1 << 19  # of a large frame; a 1280x720 JPEG of quality 90 takes 200 KB
 NAMED = 50  # damaged frames that a rank names one by one
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -49,6 +50,16 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it went before we asked
         os._exit(1)
+
+
+def check_memory(batch_bytes: int, *, workers: int, prefetch: int, memory: int) -> None:
+    """Refuse loader processes whose batches on their way are more than the `memory` bytes of the machine."""
+    needed = batch_bytes * workers * prefetch
+    if needed > memory:
+        raise UserError(
+            f"{workers} loader processes with {prefetch} batches each need {needed >> 20} MiB of memory, the machine "
+            f"has {memory >> 20} MiB: lower data.workers or data.prefetch"
+        )
 
 
 def worker_count(setting: int | None, *, local_ranks: int) -> int:
@@ -81,6 +92,8 @@ class Loader:
     ) -> None:
         extra: dict[str, Any] = {}
         if workers:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            check_memory(batch_bytes, workers=workers, prefetch=prefetch, memory=memory)
             # A process has up to `prefetch` batches under way beside those that the rank holds.
             slots = Slots(workers=workers, each=prefetch + 1 + -(-held // workers), size=batch_bytes)
             extra = {
@@ -159,7 +172,9 @@ def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin
         workers=workers,
         prefetch=dataset.settings.data.prefetch,
         pin=pin,
-        batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step) * repeats * clip_bytes(clip),
+        batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step)
+        * repeats
+        * sent_bytes(clip, dataset.settings.data.decode),
         held=2 * sampler.loads_of_step(0),  # of a step, and of the one before until it is let go
         named=NAMED,
     )
@@ -168,6 +183,11 @@ def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin
 def clip_bytes(clip: ClipSettings) -> int:
     """Bytes of one clip."""
     return clip.frames * clip.size * clip.size * 3
+
+
+def sent_bytes(clip: ClipSettings, decode: str) -> int:
+    """Bytes of one clip on its way from a loader process, at most as a rule: its pixels, or its files."""
+    return clip_bytes(clip) if decode == "cpu" else max(clip_bytes(clip), clip.frames * FILE_BYTES)
 
 
 def test_loader(
@@ -184,7 +204,7 @@ def test_loader(
         workers=workers,
         prefetch=prefetch,
         pin=pin,
-        batch_bytes=clips * clip_bytes(dataset.clip),
+        batch_bytes=clips * sent_bytes(dataset.clip, dataset.decode),
         held=16,  # clips wait for a pass to be full
         named=None,
     )

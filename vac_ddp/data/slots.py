@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import os
+import sys
 import weakref
 
 import numpy as np
 import torch
+
+MAP_NORESERVE = 0x4000  # of Linux; Python's mmap has the name from 3.13 on
 
 _numbers = itertools.count()
 _all: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
@@ -28,8 +32,8 @@ class Slots:
 
     def __init__(self, *, workers: int, each: int, size: int) -> None:
         self.each, self.size = each, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Anonymous and shared; a page that nobody touches costs nothing.
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0)
+        # Anonymous and shared, nothing reserved: a page that nobody touches costs nothing.
+        flags = mmap.MAP_SHARED | (MAP_NORESERVE if sys.platform == "linux" else 0)
         self._bytes = np.frombuffer(mmap.mmap(-1, workers * each * self.size, flags=flags), np.uint8)
         self._taken = np.frombuffer(mmap.mmap(-1, workers * each, flags=flags), np.uint8)
         self.number = next(_numbers)
@@ -53,8 +57,14 @@ class Slots:
     def received(self, slot: int, count: int) -> torch.Tensor:
         """In the rank: the first `count` bytes of a slot, which is free again when no tensor lies on it any more."""
         piece = self._piece(slot, count)
-        weakref.finalize(piece, self._taken.__setitem__, slot, 0).atexit = False
+        weakref.finalize(piece, self._give_back, slot, os.getpid()).atexit = False
         return torch.from_numpy(piece)  # keeps the piece
+
+    def _give_back(self, slot: int, rank: int) -> None:
+        if (
+            os.getpid() == rank
+        ):  # and not in a loader process that was forked meanwhile, with a copy of the rank's objects
+            self._taken[slot] = 0
 
     def _piece(self, slot: int, count: int) -> np.ndarray:
         return self._bytes[slot * self.size : slot * self.size + count]

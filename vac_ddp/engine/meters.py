@@ -89,8 +89,9 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # of <malloc.h>
-        for name in (trim_threshold, mmap_threshold):
-            library.mallopt(name, GIB)
+        # Setting one of them ends that glibc adapts the other, and an older one refuses more than 32 MiB.
+        if library.mallopt(mmap_threshold, GIB) or library.mallopt(mmap_threshold, 32 << 20):
+            library.mallopt(trim_threshold, GIB)
 
 
 @contextlib.contextmanager

@@ -122,9 +122,10 @@ def look_at(index: Index, video: int) -> Look:
     count = int(index.frame_counts[video])
     hashed = set(duplicates.sampled(count))
     sizes: dict[int, tuple[int, int]] = {}
+    read = index.reader(video)
     for frame in range(count):
         try:
-            data = index.frame_bytes(video, frame)
+            data = read(frame)
             height, width = frame_size(data)
             enough = (f for f in (8, 4, 2) if min(height, width) // f >= HASHED_SIDE)
             pixels = decode_frame(data, factor=next(enough, 1) if frame in hashed else 8)

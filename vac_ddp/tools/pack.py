@@ -195,9 +195,10 @@ def _read_all(index: Index, workers: int) -> Iterator[tuple[int, int, bytes | No
 
     def read(video: int, frames: range) -> list[tuple[int, int, bytes | None]]:
         found: list[tuple[int, int, bytes | None]] = []
+        contents = index.reader(video)
         for frame in frames:
             try:
-                found.append((video, frame, index.frame_bytes(video, frame)))
+                found.append((video, frame, contents(frame)))
             except OSError:
                 found.append((video, frame, None))
         return found
