@@ -61,9 +61,8 @@ class Slots:
         return torch.from_numpy(piece)  # keeps the piece
 
     def _give_back(self, slot: int, rank: int) -> None:
-        if (
-            os.getpid() == rank
-        ):  # and not in a loader process that was forked meanwhile, with a copy of the rank's objects
+        # Not in a loader process that was forked meanwhile and has a copy of the rank's objects.
+        if os.getpid() == rank:
             self._taken[slot] = 0
 
     def _piece(self, slot: int, count: int) -> np.ndarray:
