@@ -449,7 +449,7 @@ ELSEWHERE = [  # lever, expected, brought, where it was measured
     [
         "decoding the crop alone (nvImageCodec on the CPU)",
         "1.3 of decoding",
-        "1.08 of decoding: not taken, its damage reports differ",
+        "1.08 of decoding: not taken, 25 MB for little",
         "by hand, 100 clips",
     ],
     ["packed sets on a local disk", "1.0", "1.00: they are for network file systems", "loader.md"],
