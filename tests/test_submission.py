@@ -15,6 +15,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.inference.submission import (
     natural_key,
     parse,
+    sample_note,
     scores_text,
     submission_after,
     submission_text,
@@ -96,6 +97,59 @@ def test_a_sample_is_followed_byte_by_byte(tmp_path: Path, sample: str, expected
         tmp_path / "out.csv", ["00001", "00002", "00003"], ["A", "B", "C d"], sample=tmp_path / "sample.csv"
     )
     assert (tmp_path / "out.csv").read_bytes() == expected.encode()
+
+
+SCORES = np.log([[0.125, 0.875], [0.5, 0.5], [0.75, 0.25]])
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        ("id,run,walk\n1,0.5,0.5\n2,0.5,0.5\n3,0.5,0.5\n", "id,run,walk\n1,0.125,0.875\n2,0.5,0.5\n3,0.75,0.25\n"),
+        ("walk,id,run\n,2,\n,1,\n,3,\n", "walk,id,run\n0.5,2,0.5\n0.875,1,0.125\n0.25,3,0.75\n"),
+        ("x,RUN,Walk\n3.jpg,,\n2.jpg,,\n1.jpg,,\n", "x,RUN,Walk\n3.jpg,0.75,0.25\n2.jpg,0.5,0.5\n1.jpg,0.125,0.875\n"),
+        ("id,run,walk,Use\n1,,,a\n2,,,b\n3,,,c\n", "id,run,walk,Use\n1,0.125,0.875,a\n2,0.5,0.5,b\n3,0.75,0.25,c\n"),
+        ("filename,label\n00001.mp4,x\n2.mp4,x\n3.avi,x\n", "filename,label\n00001.mp4,A\n2.mp4,B\n3.avi,C\n"),
+    ],
+)  # fmt: skip
+def test_a_column_for_every_class_gets_its_probabilities(tmp_path: Path, sample: str, expected: str) -> None:
+    """By the names in the header, in any order and case, and whatever else the sample has stays."""
+    (tmp_path / "sample.csv").write_text(sample, newline="")
+    write_submission(
+        tmp_path / "out.csv",
+        ["00001", "00002", "00003"],
+        ["A", "B", "C"],
+        sample=tmp_path / "sample.csv",
+        scores=SCORES,
+        classes=["run", "walk"],
+    )
+    assert (tmp_path / "out.csv").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("sample", "text"),
+    [
+        ("video_id,p_video_fake,p_audio_fake\n1,0.5,0.5\n", "columns p_video_fake, p_audio_fake beside the id"),
+        ("id,run,jump\n1,0.5,0.5\n", "the classes are run, walk: expected a column class or label"),
+        ("id,run,run\n1,0.5,0.5\n", "columns run, run"),
+        ("id,run,walk,label\n1,0.5,0.5,x\n", "has a column label and one for every class"),
+        ("id,class\na.mp4,x\n", "'a.mp4' may be 'a.avi' or 'a.mkv'"),
+        ("id,class\nb,x\nb.mp4,x\n", "'b.mp4' is on line 2 and again on line 3|'b' is on line 2 and again"),
+        ("id,class\nb.5,x\n", "asks for the id 'b.5'"),
+    ],
+)
+def test_columns_and_ids_that_are_not_clear_are_refused(sample: str, text: str) -> None:
+    names = ["a.avi", "a.mkv", "b", "1"]
+    with pytest.raises(UserError, match=text) as caught:
+        submission_after(sample, names, ["x"] * 4, classes=["run", "walk"], probabilities=np.full((4, 2), 0.5))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_where_names_are_written_are_named() -> None:
+    note = sample_note("filename,label\na.mp4,0.5\nb.mp4,0.5\n", ["fake", "real"], "s.csv")
+    assert note is not None and "numbers in its column label, such as 0.5" in note
+    assert sample_note("id,class\n1,0\n", ["0", "1"], "s.csv") is None
+    assert sample_note("id,class\n1,x\n", ["a", "b"], "s.csv") is None
 
 
 def test_a_class_with_a_comma_is_quoted_whatever_the_sample_has() -> None:

@@ -210,7 +210,8 @@ def _predict_folder(
         if options.part:
             index, sources = prediction.part_of(index, source.path.parent, config, options.part)
         task = prediction.make_task(config, source, index, device, sources=sources)
-        distributed.main_first(lambda: prediction.gate(task.head.ids, options.sample), lambda: None)
+        head = task.head
+        distributed.main_first(lambda: prediction.gate(head.ids, head.classes, config, options.sample), lambda: None)
         scorer = prediction.open_scorer(config, source, device)
         done = prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=stop)
         prediction.say_how(done, task)

@@ -270,13 +270,17 @@ def say_how(done: Done, task: Task) -> None:
         say(f"{done.damaged_frames} damaged frames in all")
 
 
-def gate(ids: list[str], sample: str | None) -> None:
+def gate(ids: list[str], classes: list[str], config: Config, sample: str | None) -> None:
     """Raise UserError, before anything is computed, where these videos cannot make a right submission."""
     answers = [""] * len(ids)
     if sample is None:
         submission.submission_text(ids, answers)
-    else:
-        submission.submission_after(submission.read_sample(sample), ids, answers, where=sample)
+        return
+    text = submission.read_sample(sample)
+    submission.submission_after(text, ids, answers, where=sample, classes=classes)
+    note = submission.sample_note(text, classes, sample) if config.predict.answer == "name" else None
+    if note:
+        say(note)
 
 
 def finish(out: Path, config: Config, sample: str | None) -> list[str]:
@@ -286,7 +290,9 @@ def finish(out: Path, config: Config, sample: str | None) -> list[str]:
     numbers = scores.argmax(axis=1).tolist()
     index = config.predict.answer == "index"
     answers = [str(number) if index else views.classes[number] for number in numbers]
-    submission.write_submission(out / "submission.csv", views.ids, answers, sample=sample)
+    submission.write_submission(
+        out / "submission.csv", views.ids, answers, sample=sample, scores=scores, classes=views.classes
+    )
     write_text(out / "scores.csv", submission.scores_text(views.ids, scores, views.classes))
     if views.labelled:
         found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)

@@ -180,7 +180,9 @@ def _write(
 ) -> None:
     numbers = mixed.argmax(axis=1).tolist()
     answers = [str(n) if options.answer == "index" else first.classes[n] for n in numbers]
-    submission.write_submission(out / "submission.csv", first.ids, answers, sample=options.sample)
+    submission.write_submission(
+        out / "submission.csv", first.ids, answers, sample=options.sample, scores=mixed, classes=first.classes
+    )
     write_text(out / "scores.csv", submission.scores_text(first.ids, mixed, first.classes))
     write_json(
         out / "ensemble.json",
