@@ -1,7 +1,8 @@
-"""Writes down the signals that reach it: `probe.py FOLDER ROLE [CHILD]`, a line `<ROLE> <SIGNAL>` each in FOLDER/seen.
+"""Writes down the signals that reach it: `probe.py FOLDER ROLE [COMMAND...]`, a line `<ROLE> <SIGNAL>` in FOLDER/seen.
 
-With CHILD it starts itself once more as that role, as a task of srun starts processes of its own. It is ready when
-FOLDER/ready.<ROLE>.<pid> is there, and ends when FOLDER/end is there; SIGKILL is seen by its absence from the living.
+The command is started first, as a batch script starts srun and a task processes of its own. It is ready when
+FOLDER/ready.<ROLE>.<pid> is there, and ends when its command ends or FOLDER/end is there; SIGKILL is seen by its
+absence from the living.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ def main() -> None:
 
     for number in WATCHED:
         signal.signal(number, note)
-    if len(sys.argv) > 3:
-        subprocess.Popen([sys.executable, __file__, str(folder), sys.argv[3]])
+    command = subprocess.Popen(sys.argv[3:]) if len(sys.argv) > 3 else None
     (folder / f"ready.{role}.{os.getpid()}").touch()
-    while not (folder / "end").exists():
+    while not (folder / "end").exists() and (command is None or command.poll() is None):
         time.sleep(0.05)
 
 

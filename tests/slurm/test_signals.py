@@ -87,7 +87,8 @@ def flags_of_the_scripts() -> list[str]:
 def test_what_torchrun_hands_on_is_what_the_readme_says(jobs: Jobs, event: str, tmp_path: Path) -> None:
     name, flagged = RANKS[event]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    words = [*torchrun, *(flags_of_the_scripts() if flagged else []), str(PROBE), str(tmp_path), "rank", "loader"]
+    loader = [sys.executable, str(PROBE), str(tmp_path), "loader"]
+    words = [*torchrun, *(flags_of_the_scripts() if flagged else []), str(PROBE), str(tmp_path), "rank", *loader]
     script = tmp_path / "batch.sh"
     script.write_text(f"#!/bin/bash\nsrun --input=none {shlex.join(words)}\n")
     job = jobs.cluster.sbatch("--cpus-per-task=1", "--output=log", str(script), cwd=tmp_path)
