@@ -77,6 +77,15 @@ def test_agreement_is_read_one_call_later() -> None:
     assert agreement.now(stop=0) == 0
 
 
+def test_an_agreement_at_once_keeps_the_wishes_that_it_does_not_answer() -> None:
+    agreement = Agreement(None)
+    agreement.exchange(stop=0, save=True, save_failed=True)
+    assert [agreement.now(stop=0), agreement.now(stop=0)] == [0, 0]  # as a validation asks several times
+    later = agreement.exchange(stop=0, save=False, save_failed=False)
+    assert (later.save, later.save_failed) == (1, 1)
+    assert agreement.read().save_failed == 0  # told once
+
+
 def test_slow_rank_is_told_from_noise() -> None:
     assert health.slow_ranks([1.0, 1.1, 3.5, 1.0], 2.0) == [2]
     assert health.slow_ranks([0.01, 0.04], 2.0) == []
@@ -134,10 +143,14 @@ def test_overwriting_that_cannot_start_gives_everything_back(tmp_path: Path) -> 
     run.discard()
     assert (folder / "metrics.jsonl").read_text() == "old\n"
     assert {p.name for p in folder.iterdir()} == {"checkpoints", "metrics.jsonl", "notes.txt"}
+    assert list(tmp_path.iterdir()) == [folder]
     run = run_dir.open_run(RunSettings(dir=str(folder), overwrite=True), {}, print)
     run.begin()
+    run.discard()  # as at the end of every run
     run.lock.release()
-    assert {p.name for p in folder.iterdir()} == {"notes.txt"}
+    assert {p.name for p in folder.iterdir()} == {"notes.txt", "overwrote.json"}
+    (aside,) = run.discarded
+    assert (aside / "metrics.jsonl").read_text() == "old\n"  # until the new run has a checkpoint
 
 
 def test_rewind_moves_later_lines_aside(tmp_path: Path) -> None:

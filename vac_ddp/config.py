@@ -51,11 +51,12 @@ SHARES = (
 
 @dataclass(kw_only=True)
 class CommandLine:
-    """What was asked for: the settings, and the flags that are no settings."""
+    """What was asked for: the settings, the flags that are no settings, and lines about what was ignored."""
 
     config: Config
     debug: bool
     given: list[str]
+    notes: list[str]
 
 
 # ---------------------------------------------------------------- names and types
@@ -227,7 +228,11 @@ def parse(argv: list[str], *, program: str, about: str) -> CommandLine:
         if word.startswith("-"):
             near = difflib.get_close_matches(word, ["--config", "--debug", "--print-config", "--help"], 1)
             raise UserError(f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    config = read_yaml(find_config(flags.config)) if flags.config else Config()
+    config, notes = Config(), []
+    if flags.config:
+        path = find_config(flags.config)
+        config = read_yaml(path)
+        notes = _leave_out_overwrite(config, path)
     if flags.debug:
         config = read_yaml(find_config("debug"), config)
     _one_rate(config, [name for name, _, value in (w.partition("=") for w in words) if value != "null"])
@@ -237,7 +242,20 @@ def parse(argv: list[str], *, program: str, about: str) -> CommandLine:
     if flags.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
-    return CommandLine(config=config, debug=flags.debug, given=words)
+    return CommandLine(config=config, debug=flags.debug, given=words, notes=notes)
+
+
+def _leave_out_overwrite(config: Config, path: Path) -> list[str]:
+    """run.overwrite=true discards a run, so it counts where it was typed, not where a file brings it along.
+
+    Returns a line where the file is the config.yaml of a run, which says how that run was started; else UserError.
+    """
+    if not config.run.overwrite:
+        return []
+    config.run.overwrite = False
+    if path.name == "config.yaml" and (path.parent / "log.txt").exists():
+        return [f"{path}: run.overwrite=true is how that run was started; it is ignored here"]
+    raise UserError(f"{path}: run.overwrite=true counts only on the command line: remove it from the file")
 
 
 def _one_rate(config: Config, given: list[str]) -> None:
@@ -307,7 +325,7 @@ def help_text(program: str, about: str) -> str:
         about,
         "",
         "  --config FILE    settings as YAML, or a preset's name (see configs/)",
-        "  --debug          one process, no workers, plain tracebacks, a tiny model and a few steps",
+        "  --debug          one process, no workers, plain tracebacks, a tiny model and a few steps, in runs/debug",
         "  --print-config   print all settings as they would be used, and end",
         "",
         "Settings (group.name=value):",

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,11 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: Config, device: torch.device) -> Iterator[Job]:
-    """Build a run from its settings, hand it out, and close it whether it went well or not."""
+def open_job(config: Config, device: torch.device, *, debug: bool = False, notes: Sequence[str] = ()) -> Iterator[Job]:
+    """Build a run from its settings, hand it out, and close it whether it went well or not.
+
+    debug: mark it as a debug run, and replace one; notes: lines about the settings, for the log.
+    """
     stop = StopRequest(distributed.broadcast_object(_deadline(config)))
     stop.install()
     tracker: Tracker | None = None
@@ -101,8 +104,8 @@ def open_job(config: Config, device: torch.device) -> Iterator[Job]:
     loaders: list[Any] = []
     run: run_dir.OpenRun | None = None
     try:
-        early: list[str] = []
-        run = _open_run(config, early.append)
+        early = list(notes)
+        run = _open_run(config, early.append, debug=debug)
         folder = Path(config.run.dir)
         tracker = Tracker(folder, config.log, rank=distributed.rank())
         for line in early:
@@ -158,10 +161,10 @@ def _explain(error: RuntimeError, pulse: health.Pulse) -> RuntimeError:
     return error
 
 
-def _open_run(config: Config, say: Callable[[str], None]) -> run_dir.OpenRun | None:
+def _open_run(config: Config, say: Callable[[str], None], *, debug: bool) -> run_dir.OpenRun | None:
     """The run directory, by rank 0; the others learn whether it went well."""
     return distributed.main_first(
-        lambda: run_dir.open_run(config.run, settings_io.to_dict(config), say),
+        lambda: run_dir.open_run(config.run, settings_io.to_dict(config), say, debug=debug),
         lambda: None,
     )
 
@@ -239,7 +242,9 @@ def _build(
             "clips_per_gpu": stepper.clips_per_gpu,
             "total_steps": total,
         },
-        writer=checkpoint.Writer(folder / "checkpoints", config.checkpoint.keep) if distributed.is_main() else None,
+        writer=checkpoint.Writer(folder / "checkpoints", config.checkpoint.keep, discarded=run.discarded)
+        if run is not None
+        else None,
         tracker=tracker,
         stop=stop,
         agreement=Agreement(distributed.control_group(timeout_s=config.health.start_timeout_s)),
@@ -319,7 +324,7 @@ def _start_fresh(
         copies = config.checkpoint.keep + 2
         average = 4 if config.train.ema_decay is not None else 0
         size = sum(p.numel() for p in model.parameters()) * (BYTES_A_PARAMETER + average)
-        checkpoint.check_space(folder, copies * size)
+        run_dir.check_space(folder, copies * size)
         run_dir.write_facts(folder, settings_io.to_yaml(config), data.classes)
         files.write_json(folder / "load_report.json", loaded.report.as_dict())
 

@@ -210,7 +210,9 @@ class RunSettings:
 
     dir: str = setting("runs/default", "directory of the run")
     resume: str = setting("none", "auto: go on where a checkpoint is; none: start anew; or the path of a checkpoint")
-    overwrite: bool = setting(False, "throw away what an earlier run left in the directory")
+    overwrite: bool = setting(
+        False, "discard the run in the directory after the first checkpoint of the new one (on the command line only)"
+    )
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from vac_ddp import config, distributed
+from vac_ddp.errors import USER_ERROR, UserError
 from vac_ddp.status import run_door
 
 ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many GPUs."
@@ -16,14 +18,27 @@ def train(argv: list[str]) -> dict[str, Any] | None:
     command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
     from vac_ddp import job, job_data  # torch and its friends: only once the settings are known to be good
 
+    if command.debug:
+        _check_debug_directory(Path(command.config.run.dir))
     device = distributed.pick_device()
     distributed.start(device, timeout_s=command.config.health.start_timeout_s)
     if command.debug:
         job_data.debug_data(command.config, command.given)
-    with job.open_job(command.config, device) as opened:
+    with job.open_job(command.config, device, debug=command.debug, notes=command.notes) as opened:
         opened.loop.run()
         opened.finish(report=not command.debug)
         return opened.facts()
+
+
+def _check_debug_directory(folder: Path) -> None:
+    """End with one line and status 2, also under --debug, where --debug would replace what is no debug run."""
+    from vac_ddp.engine import run_dir
+
+    try:
+        run_dir.check_debug(folder)
+    except UserError as error:
+        print(f"vac: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(USER_ERROR) from None
 
 
 def main(argv: list[str] | None = None) -> int:

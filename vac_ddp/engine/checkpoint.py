@@ -16,14 +16,15 @@ import shutil
 import threading
 import time
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from vac_ddp import files
+from vac_ddp.engine import discarded
 from vac_ddp.errors import UserError
 
 NAME = re.compile(r"step-(\d{8})\.pt")
@@ -140,13 +141,17 @@ class Saved:
     step: int
     seconds: float
     error: str | None
+    notes: list[str] = field(default_factory=list)
 
 
 class Writer:
-    """Writes one checkpoint at a time in a thread of rank 0. The next save, and the end, wait for the one before."""
+    """Writes one checkpoint at a time in a thread of rank 0. The next save, and the end, wait for the one before.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    discarded: directories of overwritten runs, removed after the first checkpoint.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, discarded: Sequence[Path] = ()) -> None:
+        self.folder, self.keep, self.discarded = folder, keep, list(discarded)
         self.thread: threading.Thread | None = None
         self.result: Saved | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,17 +166,19 @@ class Writer:
 
     def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any], best: Any) -> None:
         begun = time.monotonic()
-        error = None
+        error, notes = None, []
         try:
             if best is not None:
                 write_tensors(*best)
             write(self.folder, step, state, facts)
             self._drop_old()
+            notes = discarded.remove(self.discarded)
+            self.discarded.clear()
         except OSError as problem:
             error = f"{problem.strerror or problem} ({self.folder})"
         except RuntimeError as problem:  # torch.save turns a failed write into its own error
             error = f"{' '.join(str(problem).split())[:200]} ({self.folder})"
-        self.result = Saved(step=step, seconds=time.monotonic() - begun, error=error)
+        self.result = Saved(step=step, seconds=time.monotonic() - begun, error=error, notes=notes)
 
     def _drop_old(self) -> None:
         for path in numbered(self.folder)[: -self.keep]:

@@ -419,7 +419,11 @@ class Loop:
         self.writer.start(self.position.step, checkpoint.snapshot(state), facts, best=content)
 
     def _take(self, result: checkpoint.Saved | None) -> None:
-        if result is None or result.error is None:
+        if result is None:
+            return
+        for note in result.notes:
+            self.tracker.say(note)
+        if result.error is None:
             return
         self.save_failed = True
         self._save_error = result.error

@@ -1,4 +1,4 @@
-"""The run directory: new, resumed or thrown away on request, never a mixture of two runs."""
+"""The run directory: new, resumed or replaced on request, never a mixture of two runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vac_ddp import files
-from vac_ddp.engine import checkpoint
+from vac_ddp.engine import checkpoint, discarded
 from vac_ddp.engine.lock import RunLock
 from vac_ddp.errors import UserError
 from vac_ddp.settings import RunSettings
@@ -29,7 +29,8 @@ OURS = (
     "validation.npz",
     "report.html",
     "interrupted.json",
-    "overwrote.json",
+    discarded.RECORD,
+    "debug_run.txt",
     "wandb_id",
     "checkpoints",
     "predictions",
@@ -38,11 +39,13 @@ OURS = (
     "wandb",
 )
 
+# Where the first version kept a run that it was overwriting.
 OVERWRITTEN = ".overwritten"
-# Which start threw an earlier run away: its later attempts go on with what it has made since.
-OVERWROTE = "overwrote.json"
-# What a run keeps that was killed before its first checkpoint: what it said, and its name for W&B.
-KEPT = ("log.txt", "wandb_id", OVERWROTE)
+# What only a run has that has come somewhere: without a checkpoint it is not started again in the same place.
+RESULTS = ("predictions", "report.html")
+# What a run keeps that was killed before its first checkpoint: its log, its name for W&B, what it overwrote.
+KEPT = ("log.txt", "wandb_id", "debug_run.txt", discarded.RECORD)
+DEBUG_NOTE = "Made by --debug. The next --debug run in this directory replaces it.\n"
 
 # What may be another at a resume: it changes no sample, no gradient and no schedule.
 CHANGEABLE = (
@@ -70,7 +73,8 @@ CHANGEABLE = (
 class OpenRun:
     """A run directory that is ours now; `state` and `facts` are what the run goes on from, None for a new one.
 
-    Until `begin` nothing of an earlier run is thrown away: `discard` undoes the opening of a run that cannot start.
+    set_aside: the run that this start has renamed to replace it; `discard` gives it back where the new run cannot
+    start. discarded: all runs that go after the next checkpoint (of earlier attempts, too).
     """
 
     folder: Path
@@ -78,26 +82,21 @@ class OpenRun:
     state: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
     source: Path | None = None
+    set_aside: Path | None = None
+    discarded: list[Path] = field(default_factory=list)
     begun: bool = False
 
     def begin(self) -> None:
-        """The run starts: what it overwrites goes."""
+        """The run starts: from now on `discard` leaves it alone."""
         self.begun = True
-        if (self.folder / OVERWRITTEN).exists():
-            if _start() is not None:
-                files.write_json(self.folder / OVERWROTE, {"start": _start()})
-            shutil.rmtree(self.folder / OVERWRITTEN)
 
     def discard(self) -> None:
         """The run could not start: a new run leaves nothing, and what it would have overwritten comes back."""
         if self.begun or self.state is not None:
             return
         _remove(_ours(self.folder))
-        old = self.folder / OVERWRITTEN
-        if old.exists():
-            for path in old.iterdir():
-                path.replace(self.folder / path.name)
-            old.rmdir()
+        if self.set_aside is not None:
+            discarded.put_back(self.folder, self.set_aside)
         self.lock.release()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -114,19 +113,33 @@ def _start() -> str | None:
 
 
 def _overwrote(folder: Path) -> bool:
-    """Whether an earlier attempt of this start has thrown away what was in the directory."""
-    told = folder / OVERWROTE
-    return restarted() and told.exists() and files.read_json(told)["start"] == _start() is not None
+    """Whether an earlier attempt of this start has overwritten what was in the directory."""
+    return restarted() and discarded.read_record(folder).get("start") == _start() is not None
 
 
-def open_run(settings: RunSettings, values: dict[str, Any], say: Callable[[str], None]) -> OpenRun:
+def check_debug(folder: Path) -> None:
+    """UserError where `folder` holds something that a debug run must not replace."""
+    if folder.is_dir() and not (folder / "debug_run.txt").exists():
+        names = {path.name for path in folder.iterdir() if not path.name.startswith("run.lock")}
+        there = sorted(names - {discarded.RECORD})  # alone, it is of a start that was killed at once
+        if there:
+            raise UserError(
+                f"--debug: {folder} is not a debug run ({', '.join(there[:3])}...): give run.dir=DIR, a new or empty "
+                "directory, or remove it"
+            )
+
+
+def open_run(
+    settings: RunSettings, values: dict[str, Any], say: Callable[[str], None], *, debug: bool = False
+) -> OpenRun:
     """Take the directory for this run: rank 0 only.
 
-    values: the settings of this start as nested dicts, compared with those of the run that is resumed. UserError
-    where the directory is in use, holds a run and neither resume nor overwrite was asked, or cannot be written.
+    values: the settings of this start as nested dicts, compared with those of the run that is resumed. debug: replace
+    a debug run, and nothing else. UserError where the directory is in use, holds a run and neither resume nor
+    overwrite was asked, or cannot be written.
     """
     folder = Path(settings.dir)
-    overwrite = settings.overwrite and not _overwrote(folder)
+    overwrite = (settings.overwrite or (debug and settings.resume == "none")) and not _overwrote(folder)
     resume = "auto" if settings.resume == "none" and restarted() and not overwrite else settings.resume
     explicit = Path(resume) if resume not in ("auto", "none") else None
     if settings.overwrite and explicit is not None:
@@ -144,7 +157,17 @@ def open_run(settings: RunSettings, values: dict[str, Any], say: Callable[[str],
     lock = RunLock(folder)
     lock.take()
     try:
-        return _open_locked(folder, lock, overwrite, resume, explicit, values, say)
+        if debug:
+            check_debug(folder)
+        run = _open_locked(folder, lock, overwrite, resume, explicit, values, say)
+        if debug:
+            files.write_text(folder / "debug_run.txt", DEBUG_NOTE)
+        for line in discarded.describe(folder):
+            say(line)
+        if (folder / OVERWRITTEN).exists():
+            say(f"found {folder / OVERWRITTEN}: a run that was being overwritten when that start was killed; not used")
+        run.discarded = discarded.recorded(folder)
+        return run
     except BaseException:
         lock.release()
         raise
@@ -163,10 +186,11 @@ def _open_locked(
     known = ("run.lock", OVERWRITTEN)
     foreign = [e.name for e in folder.iterdir() if e not in present and not e.name.startswith(known)]
     if overwrite:
-        (folder / OVERWRITTEN).mkdir(exist_ok=True)
-        for path in present:
-            path.replace(folder / OVERWRITTEN / path.name)
-        return OpenRun(folder=folder, lock=lock)
+        others = [entry for entry in folder.iterdir() if entry not in present and entry.name != "run.lock"]
+        aside = discarded.set_aside(folder, others, _start()) if present else None
+        if aside is None:
+            discarded.write_record(folder, _start(), [])
+        return OpenRun(folder=folder, lock=lock, set_aside=aside)
     if explicit is not None:
         state, facts = checkpoint.read(explicit)
         _compare(facts.get("config", {}), values, explicit)
@@ -178,7 +202,7 @@ def _open_locked(
     if resume == "none":
         if present:
             raise UserError(
-                f"{folder} holds a run already: run.resume=auto goes on with it, run.overwrite=true throws it away, "
+                f"{folder} holds a run already: run.resume=auto goes on with it, run.overwrite=true discards it, "
                 "or set another run.dir"
             )
         if foreign:
@@ -189,6 +213,7 @@ def _open_locked(
     newest = checkpoint.read_newest(folder / "checkpoints", say)
     if newest is None:
         if present:
+            _refuse_results(folder, present)
             say(f"{folder} has no checkpoint yet: starting from the beginning")
             _remove([p for p in present if p.name not in KEPT])
         return OpenRun(folder=folder, lock=lock)
@@ -196,6 +221,16 @@ def _open_locked(
     _compare(facts.get("config", {}), values, path)
     _set_aside_later(folder / "checkpoints", facts["step"], say)
     return OpenRun(folder=folder, lock=lock, state=state, facts=facts, source=path)
+
+
+def _refuse_results(folder: Path, present: list[Path]) -> None:
+    """UserError where a run has results but no checkpoint: somebody removed those, and the results are not ours to."""
+    results = [path.name for path in present if path.name in RESULTS]
+    if results:
+        raise UserError(
+            f"{folder} has {', '.join(sorted(results))} but no checkpoint to resume from: set another run.dir, or "
+            "give run.overwrite=true to discard it"
+        )
 
 
 def _ours(folder: Path) -> list[Path]:
@@ -240,6 +275,17 @@ def _compare(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
                 f"{name} is {now[name]} and was {before[name]} when {path} was saved: "
                 "set it back to resume, or start a new run.dir"
             )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """UserError where `folder` has fewer than `needed` bytes free; what is overwritten goes later and counts."""
+    kept = discarded.recorded(folder)
+    try:
+        checkpoint.check_space(folder, needed)
+    except UserError as error:
+        if not kept:
+            raise
+        raise UserError(f"{error}; the run that is overwritten is kept until the first checkpoint") from None
 
 
 def write_facts(folder: Path, config_yaml: str, classes: list[str]) -> None:

@@ -97,10 +97,15 @@ class Agreement:
         return Agreed(stop=stop, save=save, save_failed=failed)
 
     def now(self, *, stop: int) -> int:
-        """Agree on a stop at once, waiting for all ranks: for places outside the step."""
-        earlier = self.read().stop
-        self.exchange(stop=max(stop, earlier), save=False, save_failed=False)
-        return self.read().stop
+        """Agree on a stop at once, waiting for all ranks: for places outside the step.
+
+        The other wishes are not answered here: the next `exchange` or `read` returns them, with the stop.
+        """
+        earlier = self.read()
+        self.exchange(stop=max(stop, earlier.stop), save=bool(earlier.save), save_failed=bool(earlier.save_failed))
+        agreed = self.read()
+        self.pending = (torch.tensor([agreed.stop, agreed.save, agreed.save_failed], dtype=torch.int32), None)
+        return agreed.stop
 
 
 def end_of_allocation(environment: Mapping[str, str] = os.environ) -> float | None:

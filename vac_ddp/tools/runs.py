@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from vac_ddp import config as settings_io
 from vac_ddp import files
+from vac_ddp.engine import discarded
 from vac_ddp.engine.lock import is_held
 from vac_ddp.engine.run_dir import flat
 from vac_ddp.errors import UserError
@@ -69,10 +70,14 @@ def find_runs(root: Path) -> list[Path]:
     found: list[Path] = []
     level = [root]
     for _ in range(DEEP):
-        below = sorted(p for folder in level for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        below = sorted(path for folder in level for path in folder.iterdir() if path.is_dir() and not _left_out(path))
         found += [path for path in below if is_run(path)]
         level = [path for path in below if not is_run(path)]
     return sorted(found)
+
+
+def _left_out(folder: Path) -> bool:
+    return folder.name.startswith(".") or discarded.MARK in folder.name
 
 
 def read_run(path: Path, name: str) -> Run:

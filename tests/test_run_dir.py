@@ -1,0 +1,168 @@
+"""Run directories are never lost: what overwrites, what is refused, what a start after a kill finds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Workplace
+from vac_ddp import config, train
+from vac_ddp.engine import run_dir
+from vac_ddp.errors import UserError
+from vac_ddp.settings import RunSettings
+from vac_ddp.tools import runs
+
+pytestmark = pytest.mark.distributed
+
+SHORT = ("train.epochs=1", "optim.warmup_epochs=0", "data.workers=0", "checkpoint.every_steps=null")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    made = Workplace(tmp_path_factory.mktemp("run_dir"))
+    assert here(made, "finished", *SHORT)[0] == 0
+    (made.folder / "finished" / "predictions" / "mine").mkdir(parents=True)
+    (made.folder / "finished" / "predictions" / "mine" / "submission.csv").write_text("id,class\n")
+    return made
+
+
+def here(place: Workplace, run: str, *words: str) -> tuple[int, str, str]:
+    """Train in this process: exit status, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = train.main(place.arguments(run, *words))
+        except SystemExit as leaving:
+            status = int(str(leaving.code))
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(done: tuple[int, str, str]) -> str:
+    """The one line of a start that ended with status 2."""
+    status, _, err = done
+    assert status == 2 and err.count("\n") == 1, err
+    return err
+
+
+def finished(place: Workplace, name: str) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(place.folder / "finished", place.folder / name))
+
+
+def test_debug_leaves_a_finished_run_alone(place: Workplace) -> None:
+    folder = finished(place, "real")
+    before = contents(folder)
+    for words in ([], ["run.overwrite=true"], ["run.resume=auto"]):
+        assert f"{folder} is not a debug run" in refused(here(place, "real", "--debug", *words))
+        assert contents(folder) == before
+
+
+def test_debug_replaces_debug_runs_and_takes_empty_directories(place: Workplace) -> None:
+    (place.folder / "trial").mkdir()
+    for _ in range(2):
+        assert here(place, "trial", "--debug")[0] == 0
+        assert (place.folder / "trial" / "debug_run.txt").exists()
+        assert not list(place.folder.glob("trial.*"))
+
+
+def test_overwrite_counts_on_the_command_line_only(place: Workplace) -> None:
+    folder = finished(place, "kept")
+    before = contents(folder)
+    text = (place.folder / "tiny.yaml").read_text() + "run: {overwrite: true}\n"
+    (place.folder / "overwriting.yaml").write_text(text)
+    given = f"--config={place.folder / 'overwriting.yaml'}"  # the later of two counts
+    assert "run.overwrite=true counts only on the command line" in refused(here(place, "kept", *SHORT, given))
+    # the settings of a run of the first version, which kept how it was started
+    old = finished(place, "first_version") / "config.yaml"
+    old.write_text(old.read_text().replace("overwrite: false", "overwrite: true"))
+    command = config.parse([f"--config={old}"], program="", about="")
+    assert not command.config.run.overwrite and "is ignored" in command.notes[0]
+    assert "holds a run already" in refused(here(place, "kept", *SHORT, f"--config={old}"))
+    assert contents(folder) == before
+
+
+@pytest.mark.fault
+def test_what_is_overwritten_goes_after_the_first_checkpoint(place: Workplace) -> None:
+    """Killed before it, the earlier run is whole beside it, and later starts say so until it is replaced."""
+    folder = finished(place, "again")
+    (folder / "notes.txt").write_text("mine\n")
+    before = {k: v for k, v in contents(folder).items() if k != "notes.txt"}
+    fault = {"FAULT": "SIGKILL step=2 rank=0", "FAULT_DONE": str(place.folder / "again.fault")}
+    driver = Path(__file__).parent / "drivers" / "fault.py"
+    killed = place.python(driver, *place.arguments("again", *SHORT, "run.overwrite=true"), **fault)
+    assert killed.returncode == -9
+    (aside,) = place.folder.glob("again.discarded-*")
+    assert contents(aside) == before
+    status, said, _ = here(place, "again", *SHORT, "run.resume=auto")
+    assert status == 0 and f"{aside} holds the run that was overwritten" in said
+    assert not aside.exists()
+    assert (folder / "notes.txt").read_text() == "mine\n"
+    assert "overwrite: false" in (folder / "config.yaml").read_text()
+
+
+def test_a_start_that_was_killed_while_it_renamed_is_mentioned_and_nothing_removed(tmp_path: Path) -> None:
+    aside = tmp_path / "run.discarded-20260101-000000"
+    aside.mkdir()
+    (aside / "metrics.jsonl").write_text("old\n")
+    said: list[str] = []
+    run = run_dir.open_run(RunSettings(dir=str(tmp_path / "run")), {}, said.append)
+    run.begin()
+    run.lock.release()
+    assert len(said) == 1 and str(aside) in said[0] and "rename it to keep it" in said[0]
+    assert run.discarded == []
+
+
+def test_a_directory_that_cannot_be_renamed_is_left_as_it_is(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("a mount point needs the right to mount (root)")
+    try:
+        (disk / "metrics.jsonl").write_text("old\n")
+        with pytest.raises(UserError, match=r"renaming it to disk.discarded-.* failed .*nothing was changed"):
+            run_dir.open_run(RunSettings(dir=str(disk), overwrite=True), {}, print)
+        assert contents(disk) == {"metrics.jsonl": b"old\n"}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_current_directory_is_not_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text("old\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds the current directory"):
+        run_dir.open_run(RunSettings(dir=".", overwrite=True), {}, print)
+    assert contents(tmp_path) == {"metrics.jsonl": b"old\n"}
+
+
+def test_a_disk_without_room_for_both_runs_gives_the_earlier_one_back(place: Workplace) -> None:
+    folder = finished(place, "large")
+    before = contents(folder)
+    keep = shutil.disk_usage(folder).free // 100_000  # copies of a checkpoint of a few hundred KB
+    line = refused(here(place, "large", *SHORT, "run.overwrite=true", f"checkpoint.keep={keep}"))
+    assert "GB free and the checkpoints need" in line and "kept until the first checkpoint" in line
+    assert contents(folder) == before
+    assert not list(place.folder.glob("large.*"))
+
+
+def test_results_without_checkpoints_are_not_started_over(place: Workplace) -> None:
+    folder = finished(place, "pruned")
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(folder)
+    assert "no checkpoint to resume from" in refused(here(place, "pruned", *SHORT, "run.resume=auto"))
+    assert contents(folder) == before
+
+
+def test_discarded_runs_are_not_listed(place: Workplace, tmp_path: Path) -> None:
+    for name in ("a", "a.discarded-20260101-000000"):
+        shutil.copytree(place.folder / "finished", tmp_path / name)
+    assert runs.find_runs(tmp_path) == [tmp_path / "a"]
