@@ -287,6 +287,27 @@ def test_official_fine_tuned_files(tmp_path, wrapper):
     assert loaded.report.eps == "1e-06 in the blocks, 1e-06 before the classifier"
 
 
+@pytest.mark.parametrize("segments", [None, 2])
+def test_official_files_say_for_which_clips_they_were_trained(tmp_path, segments):
+    clip = ClipSettings(frames=8, size=64)
+    state = official_state(scratch(clip).model)
+    arguments = {"num_frames": 8} if segments is None else {"num_frames": 4, "num_segments": segments}
+    torch.save({"module": state, "args": argparse.Namespace(input_size=64, **arguments)}, tmp_path / "k400.pth")
+    loaded = load(tmp_path / "k400.pth", clip=clip, heads=4)
+    video = clips(clip, batch=2)
+    with torch.no_grad():
+        want = official_logits(state, video.transpose(1, 2), heads=4, eps=1e-6, head_eps=1e-6)
+        torch.testing.assert_close(loaded.model(video), want, atol=1e-5, rtol=0)
+    assert not any("does not say for which clips" in note for note in loaded.report.notes)
+
+
+def test_official_files_that_do_not_say_their_clips_are_noted(tmp_path):
+    state = official_state(scratch(ClipSettings(frames=16, size=224)).model)
+    torch.save({"model": state, "args": argparse.Namespace(input_size=224)}, tmp_path / "a.pth")
+    (note,) = [n for n in load(tmp_path / "a.pth", heads=4).report.notes if "does not say for which clips" in n]
+    assert note.endswith("assumed: 16 frames")
+
+
 def test_official_pre_training_files(tmp_path):
     source = scratch().model
     state = {

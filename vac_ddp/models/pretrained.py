@@ -128,11 +128,7 @@ def _deduce(
     width, _, tubelet, patch, _ = kernel.shape
     config = source.hf_config or {}
     saved = (source.config or {}).get("model", {})
-    frames, image = config.get("num_frames", 16), config.get("image_size", 224)
-    if source.arguments is not None and isinstance(source.arguments.get("num_frames"), int):
-        frames = source.arguments["num_frames"]
-    if not config:
-        report.notes.append(f"the file does not say for which clips it was trained: {frames} frames of {image} pixels")
+    frames, image = _trained_clip(source, report)
     height, across = image if isinstance(image, list | tuple) else (image, image)
     is_hf = layout == names.HF
     return Architecture(
@@ -146,6 +142,27 @@ def _deduce(
         head_eps=1e-5 if is_hf else 1e-6,
         grids=((frames // tubelet, height // patch, across // patch),),
     )
+
+
+def _trained_clip(source: Source, report: LoadReport) -> tuple[int, Any]:
+    """Frames and pixels (side, or height and width) of the clips that the weights were trained on.
+
+    From a Hugging Face config, or the arguments in an official checkpoint, whose model takes
+    num_frames * num_segments frames of input_size pixels; the published 16 x 224 where neither says.
+    """
+    if source.hf_config:
+        return source.hf_config.get("num_frames", 16), source.hf_config.get("image_size", 224)
+    said = {name: value for name, value in (source.arguments or {}).items() if type(value) is int and value > 0}
+    frames = said.get("num_frames", 16) * said.get("num_segments", 1)
+    size = said.get("input_size", 224)
+    unknown = [
+        text
+        for name, text in (("num_frames", f"{frames} frames"), ("input_size", f"{size} pixels"))
+        if name not in said
+    ]
+    if unknown:
+        report.notes.append(f"the file does not say for which clips it was trained; assumed: {' of '.join(unknown)}")
+    return frames, size
 
 
 def _heads(source: Source, width: int, settings: ModelSettings, saved: dict[str, Any], report: LoadReport) -> int:

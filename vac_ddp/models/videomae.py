@@ -293,9 +293,11 @@ def sincos_table(positions: int, width: int) -> Tensor:
 
 
 def interpolate_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Stretch a table (N, D) from one grid (time, height, width) to another, as VideoMAEv2's fine-tuning does.
+    """Interpolate a table (N, D) from one grid (time, height, width) to another.
 
-    Bicubic in space, then linear in time, both without aligned corners. Equal grids give the table itself.
+    Bicubic in space, then linear in time, both without aligned corners. Equal grids give the table itself. The official
+    codes differ: VideoMAE and VideoMAEv2 build a fresh sine-cosine table for the new number of tokens (V2's fine-tuning
+    interpolates a table only where the checkpoint holds one, and the released checkpoints hold none).
     """
     width = table.shape[1]
     if old[1:] != new[1:]:
