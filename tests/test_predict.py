@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import signal
@@ -17,8 +18,9 @@ from PIL import Image
 from torch import nn
 
 from tests.support import environment, torchrun
+from vac_ddp import api, files, predict, prediction
 from vac_ddp import config as settings_io
-from vac_ddp import files, predict, prediction
+from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import TestBatch
 from vac_ddp.data.split import Split, write_split
@@ -27,7 +29,7 @@ from vac_ddp.inference import parts, run
 from vac_ddp.inference.forward import Scorer, scored_videos
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.models import file_state, load_model
-from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings
+from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 
 CLASSES = ["climb", "pick", "sit", "wave", "zip"]
 COUNTS = [4, 3, 2, 1, 0]
@@ -175,6 +177,70 @@ def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: b
         for clip in own.permute(0, 1, 4, 2, 3).float():
             rows += [alone(clip[None]), *([alone(clip.flip(-1)[None])] if flip else [])]
         np.testing.assert_allclose(video.logits, torch.cat(rows), rtol=1e-5)
+
+
+def test_equal_windows_of_a_short_video_go_through_the_model_once(tmp_path: Path) -> None:
+    for number, count in enumerate((2, 3, 40)):
+        frames(tmp_path / "data" / str(number), number, count=count)
+    settings = DataSettings(cache=str(tmp_path / "cache"))
+    index = open_index(str(tmp_path / "data"), labelled=False, settings=settings)
+    clip, views = ClipSettings(frames=4, stride=1, size=16), ViewSettings(windows="spread", count=5, crops=3, flip=True)
+    dataset = TestViews(index, np.arange(3), clip, views, tolerant=True)
+
+    def scored(batches: list[TestBatch]) -> tuple[list[np.ndarray], int]:
+        model = Sums()
+        scorer = Scorer(
+            model=model, device=torch.device("cpu"), autocast=None, mean=(0.5,) * 3, std=(0.5,) * 3, flip=True,
+            clips_per_gpu=7,
+        )  # fmt: skip
+        return [v.logits for v in scored_videos(scorer, [(batch, 0) for batch in batches])], sum(model.passes)
+
+    found, clips = scored([dataset[video] for video in range(3)])
+    together = dataset.__getitems__([0, 1, 2])  # several videos in a batch: every view has its own clip
+    each = [
+        dataclasses.replace(
+            together, clips=together.clips[v : v + 1], videos=torch.tensor([v]), decoded=torch.tensor([1])
+        )
+        for v in range(3)
+    ]
+    expected, all_clips = scored(each)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == (30, 2)
+        np.testing.assert_array_equal(ours, theirs)
+    assert (clips, all_clips) == ((1 + 1 + 5) * 3 * 2, 3 * 5 * 3 * 2)
+
+
+def test_what_is_averaged_follows_the_setting_and_the_command_line(
+    trained: Path, data: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vac_ddp.tools import score
+
+    def written(out: str) -> np.ndarray:
+        with (tmp_path / out / "scores.csv").open() as stream:
+            rows = [dict(zip(row[1::2], map(float, row[2::2]), strict=True)) for row in list(csv.reader(stream))[1:]]
+        return np.array([[row[name] for name in CLASSES] for row in rows])
+
+    predict.predict(arguments(trained, data[2], tmp_path / "probs", "predict.average=mean-probs"))
+    predict.predict(arguments(trained, data[2], tmp_path / "logits"))
+    logits = read_views(tmp_path / "probs").logits.astype(np.float64)
+
+    def softmax(values: np.ndarray) -> np.ndarray:
+        return np.exp(values) / np.exp(values).sum(-1, keepdims=True)
+
+    of_probs, of_logits = softmax(logits).mean(axis=1), softmax(logits.mean(axis=1))
+    assert np.abs(of_probs - of_logits).max() > 1e-3  # the two do differ
+    np.testing.assert_allclose(written("probs"), of_probs, atol=2e-6)
+    np.testing.assert_allclose(written("logits"), of_logits, atol=2e-6)
+    score.main([str(tmp_path / "probs"), "--out", str(tmp_path / "again")])
+    np.testing.assert_allclose(written("again"), of_probs, atol=2e-6)
+    score.main([str(tmp_path / "probs"), "--method", "mean-logits", "--out", str(tmp_path / "other")])
+    np.testing.assert_allclose(written("other"), of_logits, atol=2e-6)
+    for number, row in enumerate(api.predict(api.load(trained), data[2])):
+        np.testing.assert_allclose(softmax(row.logits), of_logits[number], atol=2e-6)
+    classifier = api.load(trained)
+    classifier.config.predict.average = "mean-probs"
+    for number, row in enumerate(api.predict(classifier, data[2])):
+        np.testing.assert_allclose(softmax(row.logits), of_probs[number], atol=2e-6)
 
 
 def test_views_crops_and_flips_are_what_the_table_says(trained: Path, data: dict[int, Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ clips = st.builds(
 )
 views = st.builds(
     ViewSettings,
-    windows=st.sampled_from(["offsets", "spread", "phases"]),
+    windows=st.sampled_from(["offsets", "spread", "phases", "official_phases"]),
     offsets=st.lists(st.integers(0, 100), min_size=1, max_size=4),
     count=st.integers(1, 6),
 )
@@ -135,6 +135,19 @@ def test_spread_means_phases_where_clips_are_segments() -> None:
     assert np.array_equal(spread, test_windows(61, clip, ViewSettings(windows="phases", count=2)))
     assert spread[0, 0] < 61 / 5
     assert spread[-1, -1] > 61 * 4 / 5
+
+
+@given(st.integers(1, 400), st.sampled_from([4, 8, 16, 32]))
+def test_official_phases_are_the_frames_of_the_official_test(n: int, segments: int) -> None:
+    """As SSVideoClsDataset of MCG-NJU/VideoMAE reads them in test mode with test_num_segment=2."""
+    tick = n / segments
+    halves = [int(tick / 2.0 + tick * x) for x in range(segments)]
+    starts = [int(tick * x) for x in range(segments)]
+    together = sorted(halves + starts)
+    official = [together[chunk::2] for chunk in range(2)]
+    for sampling in ("dense", "segments"):
+        clip = ClipSettings(frames=segments, sampling=sampling)
+        assert test_windows(n, clip, ViewSettings(windows="official_phases", count=2)).tolist() == official
 
 
 def test_a_video_without_frames_is_refused() -> None:

@@ -54,8 +54,9 @@ class Classifier:
 class Prediction:
     """What a classifier says about one video.
 
-    top: (class, share), the likeliest first, shares of all classes summing to 1; logits: (K,) float32, the mean over
-    the views; failed: no frame could be decoded, and the answer is how often each class was trained on.
+    top: (class, share), the likeliest first, shares of all classes summing to 1; logits: (K,) float32, the
+    mean over the views (predict.average=mean-probs: the logarithm of the mean probabilities); failed: no frame could be
+    decoded, and the answer is how often each class was trained on.
     """
 
     name: str
@@ -109,7 +110,7 @@ def predict(
         task = prediction.make_task(config, model.source, index, model.device)
         prediction.score(task, config, scorer, index, out, overwrite=False, stop=lambda: 0, quiet=True)
         found = read_views(out)
-    scores = scoring.average_views(found.logits)
+    scores = scoring.average_views(found.logits, method=config.predict.average)
     shares = np.exp(log_softmax(scores))
     order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
     return [

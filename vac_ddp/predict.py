@@ -245,7 +245,7 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
             raise UserError(f"{options.data}: no frame of it can be decoded")
         if options.out:
             prediction.finish(out, config, options.sample)
-    shares = np.exp(log_softmax(scoring.average_views(views.logits)[0]))
+    shares = np.exp(log_softmax(scoring.average_views(views.logits, method=config.predict.average)[0]))
     for number in np.argsort(-shares, kind="stable")[:TOP].tolist():
         print(f"{shares[number]:.4f}  {views.classes[number]}")
 

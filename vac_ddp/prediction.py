@@ -127,6 +127,7 @@ def make_task(
             about={
                 "weights": source.sha256,
                 "settings": settings,
+                "average": config.predict.average,
                 "fingerprint": fingerprint,
                 "versions": {"vac_ddp": __version__, "torch": torch.__version__},
             },
@@ -286,7 +287,7 @@ def gate(ids: list[str], classes: list[str], config: Config, sample: str | None)
 def finish(out: Path, config: Config, sample: str | None) -> list[str]:
     """From the views file to the results, on rank 0; returns the names of the videos that got the class prior."""
     views = read_views(out)
-    scores = scoring.average_views(views.logits)
+    scores = scoring.average_views(views.logits, method=config.predict.average)
     numbers = scores.argmax(axis=1).tolist()
     index = config.predict.answer == "index"
     answers = [str(number) if index else views.classes[number] for number in numbers]

@@ -66,12 +66,13 @@ class ClipSettings:
 class ViewSettings:
     """Which views of a video are scored."""
 
-    windows: Literal["offsets", "spread", "phases"] = setting(
+    windows: Literal["offsets", "spread", "phases", "official_phases"] = setting(
         "offsets",
-        "clips at the given first frames, K clips over the whole video, or K phases of its segments",
+        "clips at the given first frames, K clips over the whole video, or K phases of its segments: their middles at "
+        "(k + 1/2) / K, or k / K as VideoMAE's test on Something-Something v2",
     )
     offsets: list[int] = setting([0, 4, 8], "first frames of the clips, for windows=offsets")
-    count: int = setting(5, "number K of clips, for windows=spread and windows=phases")
+    count: int = setting(5, "number K of clips, for windows other than offsets")
     crops: int = setting(1, "crops of each clip along its long side: 1 (centre) or 3")
     flip: bool = setting(False, "score every clip mirrored as well")
 
@@ -221,6 +222,9 @@ class PredictSettings:
 
     views: ViewSettings = field(default_factory=ViewSettings, metadata={"help": "views of a test video"})
     clips_per_gpu: int | str = setting("auto", "clips of one forward pass on one rank; auto: what is fastest and fits")
+    average: Literal["mean-logits", "mean-probs"] = setting(
+        "mean-logits", "what is averaged over a video's views: logits, or probabilities as the official test does"
+    )
     compile: bool | None = setting(None, "compile the blocks; default: on CUDA, for 2000 clips and more")
     save_every: int = setting(50, "videos between saves of what is done, a rank")
     answer: Literal["name", "index"] = setting("name", "class column of submission.csv: class names, or their numbers")

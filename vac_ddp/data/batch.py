@@ -85,6 +85,8 @@ class TestBatch:
     videos : (N,) int64, numbers in the index
     labels : (N,) int64, -1 where there is none
     decoded : (N,) bool, False: no frame of the video could be decoded, its clips are zero
+    clip_of_view : (K * crops,) int64, the clip that each view has, where windows of a short video are the same frames
+        and are in `clips` once (of a single video, N = 1); None: view i is clip i
     damage : one line for every damaged frame that was met; a `Loader` names each once
     layout : as in `Batch`
     """
@@ -96,6 +98,7 @@ class TestBatch:
     videos: Tensor
     labels: Tensor
     decoded: Tensor
+    clip_of_view: Tensor | None = None
     damage: list[str] = field(default_factory=list)
     layout: Layout | None = None
 

@@ -199,6 +199,9 @@ class TestViews(Dataset):
         size, crops = self.clip.size, self.views.crops
         videos = self.videos[np.asarray(places, dtype=np.int64)]
         windows = [test_windows(max(1, int(self.index.frame_counts[v])), self.clip, self.views) for v in videos]
+        clip_of_view = None
+        if len(videos) == 1:
+            windows[0], clip_of_view = _distinct(windows[0], crops)
         each, on_gpu = len(windows[0]) * crops, self.decode == "gpu"
         gathering = Gathering(len(videos) * each, self.clip.frames)
         clips = None if on_gpu else clip_buffer(len(videos), each // crops, crops, self.clip.frames, size, size, 3)
@@ -226,6 +229,7 @@ class TestViews(Dataset):
             videos=torch.from_numpy(videos),
             labels=torch.from_numpy(self.index.labels[videos].astype(np.int64)),
             decoded=torch.tensor(decoded),
+            clip_of_view=clip_of_view,
             damage=damage,
         )
 
@@ -242,6 +246,15 @@ class TestViews(Dataset):
             n_frames=count,
             tolerant=self.tolerant,
         )
+
+
+def _distinct(windows: np.ndarray, crops: int) -> tuple[np.ndarray, torch.Tensor | None]:
+    """The different ones of the windows (K, T), and which clip each of the K * crops views has; None: its own."""
+    different, window_of = np.unique(windows, axis=0, return_inverse=True)
+    if len(different) == len(windows):
+        return windows, None
+    clips = window_of.reshape(-1, 1) * crops + np.arange(crops)
+    return different, torch.from_numpy(clips.reshape(-1))
 
 
 def damage_lines(index: Videos, video: int, damaged: dict[int, str]) -> list[str]:

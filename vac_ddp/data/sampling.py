@@ -54,7 +54,9 @@ def test_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.n
     windows="offsets": clip k shows the frames offsets[k] + stride * i, beyond the end filled by `clip.short`
     (the starting notebook's rule, whatever `clip.sampling` is).
     windows="spread": K dense windows from the first to the last that fits; one window is the centre one.
-    windows="phases": K clips of one frame a segment, the k-th at the share (k + 1/2) / K of every segment.
+    windows="phases": K clips of one frame a segment, the k-th at the fraction (k + 1/2) / K of every segment.
+    windows="official_phases": the k-th at the fraction k / K of segments of n_frames / T frames, which need not be
+    whole: for K = 2 the frames of VideoMAE's test on Something-Something v2 (SSVideoClsDataset, mode "test").
     With sampling="segments" a clip spans the whole video, and "spread" means the same as "phases".
 
     short="hold": the last frame stays. short="repeat": the video starts again from its first frame (position modulo
@@ -64,6 +66,9 @@ def test_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.n
     if views.windows == "offsets":
         return np.stack([_window(first, clip.stride, n_frames, clip) for first in views.offsets])
     k = views.count
+    if views.windows == "official_phases":
+        segment, phase = np.arange(clip.frames, dtype=np.int64), np.arange(k, dtype=np.int64)[:, None]
+        return n_frames * (k * segment + phase) // (k * clip.frames)
     if views.windows == "phases" or clip.sampling == "segments":
         phases = (np.arange(k) + 0.5) / k
         return np.stack([_segment_frames(n_frames, clip.frames, np.full(clip.frames, phase)) for phase in phases])

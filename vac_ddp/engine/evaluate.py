@@ -61,7 +61,10 @@ def video_logits(
                 with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                     logits = model(pixels).float()
                     parts.append((logits + model(pixels.flip(-1)).float()) / 2 if flip else logits)
-            rows.append(torch.cat(parts).view(*batch.clips.shape[:2], -1).mean(1).cpu())
+            logits = torch.cat(parts).view(*batch.clips.shape[:2], -1)
+            if batch.clip_of_view is not None:
+                logits = logits[:, batch.clip_of_view]
+            rows.append(logits.mean(1).cpu())
             places.append(batch.places)
     finally:
         model.train(was_training)

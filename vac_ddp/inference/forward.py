@@ -94,13 +94,20 @@ def scored_videos(scorer: Scorer, videos: Iterable[tuple[TestBatch, int]]) -> It
     """
     size = scorer.clips_per_gpu if isinstance(scorer.clips_per_gpu, int) else AUTO_CLIPS[scorer.device.type]
     stream = _Stream(scorer, size)
-    waiting: deque[tuple[int, int, int]] = deque()
+    waiting: deque[_Waiting] = deque()
     scorer.model.eval()
     for batch, damaged in videos:
         if batch.layout is not None:
             batch = batch.to(scorer.device)
         (clips,), decoded = batch.clips, bool(batch.decoded)
-        waiting.append((int(batch.videos), len(clips) if decoded else 0, damaged))
+        waiting.append(
+            _Waiting(
+                video=int(batch.videos),
+                clips=len(clips) if decoded else 0,
+                clip_of_view=None if batch.clip_of_view is None else batch.clip_of_view.numpy(),
+                damaged=damaged,
+            )
+        )
         if decoded:
             stream.put(clips)
         yield from _ready(waiting, stream)
@@ -108,10 +115,21 @@ def scored_videos(scorer: Scorer, videos: Iterable[tuple[TestBatch, int]]) -> It
     yield from _ready(waiting, stream)
 
 
-def _ready(waiting: deque[tuple[int, int, int]], stream: _Stream) -> Iterator[Scored]:
-    while waiting and stream.available() >= waiting[0][1]:
-        video, count, damaged = waiting.popleft()
-        yield Scored(video=video, logits=stream.take(count) if count else None, damaged=damaged)
+@dataclass(kw_only=True)
+class _Waiting:
+    """A video whose `clips` clips are on their way through the model; `clip_of_view` as in `TestBatch`."""
+
+    video: int
+    clips: int
+    clip_of_view: np.ndarray | None
+    damaged: int
+
+
+def _ready(waiting: deque[_Waiting], stream: _Stream) -> Iterator[Scored]:
+    while waiting and stream.available() >= waiting[0].clips:
+        video = waiting.popleft()
+        logits = stream.take(video.clips, video.clip_of_view) if video.clips else None
+        yield Scored(video=video.video, logits=logits, damaged=video.damaged)
 
 
 class _Stream:
@@ -145,8 +163,11 @@ class _Stream:
         """Clips whose logits are there."""
         return self._have
 
-    def take(self, count: int) -> np.ndarray:
-        """Logits (count * views, K) float32 of the next `count` clips, each with its mirrored one behind it."""
+    def take(self, count: int, clip_of_view: np.ndarray | None) -> np.ndarray:
+        """Logits (n * views, K) float32 of the n views that have the next `count` clips, mirrored ones behind.
+
+        clip_of_view: (n,) which of these clips each view has; None: view i has clip i.
+        """
         taken = []
         while count:
             rows = self._logits.popleft()
@@ -155,7 +176,8 @@ class _Stream:
                 self._logits.appendleft(rows[count:])
             count -= len(taken[-1])
             self._have -= len(taken[-1])
-        return np.concatenate(taken).reshape(-1, taken[0].shape[-1])
+        rows = np.concatenate(taken)
+        return (rows if clip_of_view is None else rows[clip_of_view]).reshape(-1, rows.shape[-1])
 
     def _forward(self, count: int) -> None:
         taken = []

@@ -22,6 +22,15 @@ METHODS: tuple[Method, ...] = ("mean-logits", "mean-probs")
 _BLOCK = 1 << 22  # logits worked on at a time in float64
 
 
+def method_for(files: Sequence[Views], asked: Method | None = None) -> Method:
+    """What is averaged: as `asked`, else as the predictions of `files` were made with, if they agree; else logits."""
+    said = {file.about.get("average", METHODS[0]) for file in files}
+    chosen = asked or (said.pop() if len(said) == 1 else METHODS[0])
+    if chosen not in METHODS:
+        raise UserError(f"{files[0].path} was averaged by {chosen!r}: give --method {' or '.join(METHODS)}")
+    return chosen
+
+
 def average_views(logits: np.ndarray, *, method: Method = "mean-logits", temperature: float = 1.0) -> np.ndarray:
     """Scores (V, K) float64 of logits (V, n, K): the mean over the views, of logits or of probabilities.
 

@@ -274,7 +274,12 @@ def _say(folder: Path) -> None:
     heard = len(views.ids) - int(views.failed.sum())
     print(f"\n{views.path}: {heard} of {len(views.ids)} videos with sound")
     if views.labelled:
-        found = evaluation.evaluate(scoring.average_views(views.logits), views.labels, views.classes, views.sources)
+        found = evaluation.evaluate(
+            scoring.average_views(views.logits, method=scoring.method_for([views])),
+            views.labels,
+            views.classes,
+            views.sources,
+        )
         print("\n".join(evaluation.lines(found)))
 
 

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [read_views(member.folder / "predictions" / "val") for member in members] if validated else []
     score.main(_score_words(options, members, out, [str(file.path) for file in files]))
     if files:
-        _summarise(members, files, out, options.method)
+        _summarise(members, files, out, scoring.method_for(files, options.method))
     return findings
 
 
@@ -143,7 +143,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--folds", type=int, metavar="K", help="K members a seed, each with one of K grouped folds held out")
     add("--seeds", metavar="S,S,...", help="seeds of the members (default: the setting `seed`)")
     add("--data", default="data_test", metavar="DIR", help="the test folder (default: data_test)")
-    add("--method", choices=scoring.METHODS, default="mean-logits", help="what is averaged (default: mean-logits)")
+    add("--method", choices=scoring.METHODS, help="what is averaged (default: predict.average of the predictions)")
     add("--choose", choices=("mean", "greedy", "fit"), default="mean", help="weights of the members: equal, or chosen "
         "on the validation data that all share (data.val=DIR)")  # fmt: skip
     add("--temperature", action="store_true", help="fit a temperature for each member on its validation part")
@@ -200,7 +200,7 @@ def prediction_folder(member: Member, data: str) -> Path:
 def _score_words(options: argparse.Namespace, members: Sequence[Member], out: Path, validation: list[str]) -> list[str]:
     """The words of the `vac score` that puts the members together."""
     words = [str(prediction_folder(member, options.data)) for member in members]
-    words += ["--method", options.method, "--no-table", "--out", str(out)]
+    words += ["--no-table", "--out", str(out), *(["--method", options.method] if options.method else [])]
     words += ["--sample", options.sample] if options.sample else []
     words += [f"--{options.choose}", *validation] if options.choose != "mean" else []
     return words + (["--temperature-from", *validation] if options.temperature else [])

@@ -23,7 +23,7 @@ def show_pictures(tracker: Tracker, views: Views, index: Index, step: int) -> No
 
     index: holds the videos of the views by their names. step: the training step they belong to.
     """
-    scores = scoring.average_views(views.logits)
+    scores = scoring.average_views(views.logits, method=scoring.method_for([views]))
     found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)
     matrix = plots.confusion(found.metrics.confusion, views.classes, "png")
     tracker.picture("validation/confusion", Image.open(io.BytesIO(matrix)), step)

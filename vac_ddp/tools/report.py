@@ -271,7 +271,7 @@ def speed_lines(steps: Sequence[dict[str, Any]], ends: Sequence[dict[str, Any]] 
 
 def validation_of(views: Views, strip: Strip) -> html.Validation:
     """Figures, confused pairs and mistakes of a labelled views file, by the mean of its logits."""
-    scores = scoring.average_views(views.logits)
+    scores = scoring.average_views(views.logits, method=scoring.method_for([views]))
     found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)
     rows = np.flatnonzero(views.labels >= 0)
     shares = np.exp(log_softmax(scores[rows]))

@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vac score", description=ABOUT, allow_abbrev=False)
     add = parser.add_argument
     add("views", nargs="+", metavar="VIEWS", help="views files, or folders of predictions; several: an ensemble")
-    add("--method", choices=scoring.METHODS, default="mean-logits", help="what is averaged (default: mean-logits)")
+    add("--method", choices=scoring.METHODS, help="what is averaged (default: predict.average of the predictions)")
     add("--weights", metavar="W,W,...", help="weights of the files; default: equal")
     add("--greedy", nargs="+", metavar="VAL", help="choose weights greedily on these labelled views files, one each")
     add("--fit", nargs="+", metavar="VAL", help="fit weights to the loss on these labelled views files, one each")
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     """Read, average, print the figures that labels allow, and write what --out asks for. Raises UserError."""
     options = _parser().parse_args(argv)
     files = [read_views(path) for path in options.views]
+    options.method = scoring.method_for(files, options.method)
     aligned = scoring.align(files)
     for file in files[1:]:
         if _data(file) != _data(files[0]):
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for file, weight, temperature, part in zip(files, fitted.weights, fitted.temperatures, logits, strict=True):
         heated = f"  temperature {temperature:.3f}" if options.temperature_from else ""
-        print(f"{file.path}  {part.shape[1]} views  weight {weight:.3f}{heated}")
+        print(f"{file.path}  {options.method} of {part.shape[1]} views  weight {weight:.3f}{heated}")
     if len(files) > 1 and fitted.how:
         print(f"weights {fitted.how}")
     found = None
