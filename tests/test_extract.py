@@ -18,11 +18,11 @@ from PIL import Image
 
 from tests.support import REPO, environment, shared
 from vac_ddp.data.index import open_index
+from vac_ddp.data.video import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.files import PARTIAL
 from vac_ddp.settings import DataSettings
 from vac_ddp.tools.extract import Options, Outcome, extract, extract_one, find_videos, main, outcomes, sweep
-from vac_ddp.tools.video import DamagedVideo, read_frames
 
 av = pytest.importorskip("av", reason="vac extract needs PyAV")
 
@@ -54,6 +54,10 @@ def make_video(
             container.mux(voice.encode(part))
             container.mux(voice.encode(None))
     return path
+
+
+def read_frames(path: Path, **how: float) -> list[np.ndarray]:
+    return list(VideoFile(path=path).frames(**how))
 
 
 def levels(frames: list[np.ndarray]) -> list[int]:
@@ -92,7 +96,7 @@ def test_frames_are_those_of_the_file_in_order(tmp_path: Path) -> None:
 )
 def test_the_frame_that_is_shown_at_a_time_is_taken(tmp_path: Path, rate: float | None, expected: list[int]) -> None:
     make_video(tmp_path / "a.avi", 6, rate=10)
-    assert levels(list(read_frames(tmp_path / "a.avi", rate=rate))) == expected
+    assert levels(read_frames(tmp_path / "a.avi", rate=rate)) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_rotation_of_the_file_is_applied(
 ) -> None:
     path = make_video(tmp_path / "a.mp4", 3)
     path.write_bytes(with_matrix(path.read_bytes(), matrix))
-    frames = list(read_frames(path))
+    frames = read_frames(path)
     assert [f.shape for f in frames] == [((64, 48, 3) if turned else (48, 64, 3))] * 3
     for frame in frames:
         red = {(y, x) for y in (0, -1) for x in (0, -1) if int(frame[y, x, 0]) - int(frame[y, x, 1]) > 100}
@@ -141,7 +145,7 @@ def test_pixels_become_square(tmp_path: Path) -> None:
         stream.codec_context.sample_aspect_ratio = Fraction(3, 2)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(1), format="rgb24")))
         container.mux(stream.encode(None))
-    assert next(read_frames(path)).shape == (48, 96, 3)
+    assert read_frames(path)[0].shape == (48, 96, 3)
 
 
 def test_sound_becomes_a_16_khz_mono_file(tmp_path: Path) -> None:
@@ -193,32 +197,59 @@ def broken(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def test_damaged_files_are_named_and_leave_nothing_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_named_and_give_the_frames_that_decode(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     paths = broken(tmp_path)
     for path in list(paths.values()):
         path.rename(path.parent / f"{path.stem}_{path.suffix[1:]}{path.suffix}")
     make_video(tmp_path / "in" / "fine" / "ok.mp4", 3)
     (tmp_path / "in" / "readme.txt").write_text("hello")
     assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "2"]) == 3
-    assert tree(tmp_path / "out") == [".extract.json", "fine/ok/0001.jpg", "fine/ok/0002.jpg", "fine/ok/0003.jpg"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".extract.json", "fine"]
     said = capfd.readouterr().out
-    assert "extracted 1 videos, 3 frames" in said
-    assert f"{len(paths)} files are damaged and were left alone" in said
-    assert all(f"class/{path.stem}_{path.suffix[1:]}{path.suffix}: " in said for path in paths.values())
+    refused = ["cut10_avi.avi", "cut50_avi.avi", "cut50_mp4.mp4", "empty_mp4.mp4", "text_mp4.mp4"]  # cut in the headers
+    shown = ["cut50_mkv.mkv", "cut99_avi.avi", "cut99_mp4.mp4", "noise_avi.avi"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".extract.json", "class", "fine"]
+    assert sorted(p.name for p in (tmp_path / "out" / "class").iterdir()) == sorted(Path(name).stem for name in shown)
+    assert tree(tmp_path / "out" / "fine") == ["ok/0001.jpg", "ok/0002.jpg", "ok/0003.jpg"]
+    assert f"{len(refused)} files are damaged and were left alone" in said
+    assert f"{len(shown)} files are damaged; the frames that decode are extracted" in said
+    assert all(f"class/{name}: " in said for name in [*refused, *shown])
+    for name in shown:
+        folder = tmp_path / "out" / "class" / Path(name).stem
+        frames = len(jpegs(folder))
+        assert 0 < frames <= 30
+        assert f"class/{name}: {frames} frames; " in said
     assert "1 files are no videos and were left alone: readme.txt" in said
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0"]) == 3  # and says so again
+    again = capfd.readouterr().out
+    assert f"extracted 0 videos, 0 frames; {len(shown) + 1} were there" in again
+    named = [line for line in said.splitlines() if line.startswith("  ") and " frames; " in line]
+    assert [line for line in again.splitlines() if line.startswith("  ") and " frames; " in line] == named
 
 
 @pytest.mark.parametrize("kind", ["avi", "mp4", "mov", "mkv", "webm"])
-def test_a_cut_video_never_becomes_a_folder(tmp_path: Path, kind: str) -> None:
-    data = make_video(tmp_path / "a.mkv" if kind == "webm" else tmp_path / f"a.{kind}", 40).read_bytes()
-    path = tmp_path / f"cut.{kind}"
+def test_a_cut_video_gives_its_first_frames_and_says_so(tmp_path: Path, kind: str) -> None:
+    path = make_video(tmp_path / "a.mkv" if kind == "webm" else tmp_path / f"a.{kind}", 40)
+    data, whole = path.read_bytes(), read_frames(path)
+    assert len(whole) == 40
+    cut = tmp_path / f"cut.{kind}"
+    counts = []
     for share in (*range(5, 100, 5), 99, 99.9):
-        path.write_bytes(data[: int(len(data) * share / 100)])
-        with pytest.raises(DamagedVideo):
-            list(read_frames(path))
-    path.write_bytes(data)
-    assert len(list(read_frames(path))) == 40
+        cut.write_bytes(data[: int(len(data) * share / 100)])
+        video, frames = VideoFile(path=cut), []
+        try:
+            frames = list(video.frames())
+        except DamagedVideo:
+            assert not frames
+        else:
+            assert any("cut off" in fault for fault in video.faults)
+        counts.append(len(frames))
+        same = [np.array_equal(a, b) for a, b in zip(frames, whole, strict=False)]
+        assert all(same[:-1])  # of the last frame a part may be missing
+    assert counts == sorted(counts) and counts[-1] <= 40
+    if kind not in ("mp4", "mov"):  # their table of frames is at the end of the file
+        assert 0 < counts[-5] < 40
 
 
 def test_a_killed_extraction_leaves_no_folder_and_the_next_one_sweeps(tmp_path: Path) -> None:

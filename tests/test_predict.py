@@ -353,12 +353,12 @@ def test_a_video_file_is_unpacked_whole_and_upright(trained: Path, tmp_path: Pat
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    prediction.unpack_video(tmp_path / "film.mkv", tmp_path / "frames", short_side=1000)
-    unpacked = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames").iterdir())])
+    assert prediction.lay_out(tmp_path / "film.mkv", "video file", tmp_path / "frames", short_side=1000) == []
+    unpacked = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames/film").iterdir())])
     assert unpacked.shape == pictures.shape
     assert np.abs(unpacked.astype(int) - pictures).mean() < 4
-    prediction.unpack_video(tmp_path / "film.mkv", tmp_path / "small", short_side=48)
-    assert Image.open(tmp_path / "small" / "000001.jpg").size == (64, 48)
+    prediction.lay_out(tmp_path / "film.mkv", "video file", tmp_path / "small", short_side=48)
+    assert Image.open(tmp_path / "small" / "film" / "0001.jpg").size == (64, 48)
     assert predict.main(["--run", str(trained), "--data", str(tmp_path / "film.mkv")]) == 0
     (tmp_path / "bad.mp4").write_bytes(b"no film")
     assert predict.main(["--run", str(trained), "--data", str(tmp_path / "bad.mp4")]) == 2

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +56,15 @@ class Prediction:
 
     top: (class, share), the likeliest first, shares of all classes summing to 1; logits: (K,) float32, the
     mean over the views (predict.average=mean-probs: the logarithm of the mean probabilities); failed: no frame could be
-    decoded, and the answer is how often each class was trained on.
+    decoded, and the answer is how often each class was trained on; faults: what is wrong with a video file of which
+    some frames decode, as one that is cut off.
     """
 
     name: str
     top: list[tuple[str, float]]
     logits: np.ndarray
     failed: bool
+    faults: list[str] = field(default_factory=list)
 
 
 def load(run: str | Path, *, device: str | torch.device | None = None) -> Classifier:
@@ -100,11 +102,11 @@ def predict(
     scorer = copy.copy(model.scorer)
     scorer.flip = config.predict.views.flip
     with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch, contextlib.redirect_stdout(io.StringIO()):
-        out, root = Path(scratch) / "out", path
+        out, root, faults = Path(scratch) / "out", path, []
         config.data.cache, config.data.workers = scratch, workers
         if kind in ("video file", "frames"):
             root = Path(scratch) / "data"
-            prediction.lay_out(path, kind, root, short_side=2 * config.clip.size)
+            faults = prediction.lay_out(path, kind, root, short_side=2 * config.clip.size)
         out.mkdir()
         index = prediction.read_index(root, config, model.source, out, labelled=kind == "labelled")
         task = prediction.make_task(config, model.source, index, model.device)
@@ -119,6 +121,7 @@ def predict(
             top=[(model.classes[i], float(shares[video, i])) for i in order[video].tolist()],
             logits=scores[video],
             failed=bool(found.failed[video]),
+            faults=list(faults),
         )
         for video, name in enumerate(found.ids)
     ]

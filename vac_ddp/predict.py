@@ -136,11 +136,12 @@ Kind = Literal["video file", "frames", "test", "labelled"]
 def kind_of(data: Path) -> Kind:
     """What --data names, by a first look."""
     from vac_ddp.data.pack import is_pack, read_facts
-    from vac_ddp.data.scan import IMAGE_SUFFIXES, VIDEO_SUFFIXES, looks_labelled
+    from vac_ddp.data.scan import IMAGE_SUFFIXES, looks_labelled
+    from vac_ddp.data.video import SUFFIXES
 
     if not data.exists():
         raise UserError(f"no such data: {data} (expected a folder of videos, one video, a packed set, or a CSV)")
-    if data.is_file() and data.suffix.lower() in VIDEO_SUFFIXES:
+    if data.is_file() and data.suffix.lower() in SUFFIXES:
         return "video file"
     if is_pack(data):
         return "labelled" if read_facts(data)["labelled"] else "test"
@@ -233,7 +234,7 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
         raise UserError(f"{options.data} is one video: start `vac predict` without torchrun")
     with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
         root = Path(scratch) / "data"
-        prediction.lay_out(options.data, kind, root, short_side=2 * config.clip.size)
+        faults = prediction.lay_out(options.data, kind, root, short_side=2 * config.clip.size)
         config.data.cache, config.data.workers = scratch, 0
         out = options.out or Path(scratch) / "out"
         index = prediction.read_index(root, config, source, out, labelled=False)
@@ -248,6 +249,8 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
     shares = np.exp(log_softmax(scoring.average_views(views.logits, method=config.predict.average)[0]))
     for number in np.argsort(-shares, kind="stable")[:TOP].tolist():
         print(f"{shares[number]:.4f}  {views.classes[number]}")
+    if faults:
+        raise Findings(f"{options.data}: {'; '.join(faults)}; predicted from the frames that decode")
 
 
 def main(argv: list[str] | None = None) -> int:

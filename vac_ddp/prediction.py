@@ -23,6 +23,7 @@ from vac_ddp.data.loader import worker_count
 from vac_ddp.data.sampling import test_windows
 from vac_ddp.data.sources import find_sources
 from vac_ddp.data.split import read_split
+from vac_ddp.data.video import DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.engine.lock import RunLock
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
@@ -305,34 +306,21 @@ def finish(out: Path, config: Config, sample: str | None) -> list[str]:
     return [name for name, failed in zip(views.ids, views.failed.tolist(), strict=True) if failed]
 
 
-def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> None:
-    """Make `root` a data set of the one video `data`: a folder of frames, or a "video file", which is unpacked."""
+def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> list[str]:
+    """Make `root` a data set of the one video `data`: a folder of frames, or a "video file", which is unpacked.
+
+    Returns what is wrong with a file that has frames. UserError where it has none.
+    """
     root.mkdir()
     if kind == "frames":
         (root / data.resolve().name).symlink_to(data.resolve(), target_is_directory=True)
-    else:
-        unpack_video(data, root / data.stem, short_side=short_side)
-
-
-def unpack_video(path: Path, folder: Path, *, short_side: int) -> None:
-    """Write the frames of a video file as JPEGs, not larger than needed. UserError where it cannot be decoded."""
-    import simplejpeg
-
-    try:
-        import av
-    except ImportError:
-        raise UserError("video files need PyAV: pip install av, or give a folder of frames") from None
+        return []
+    need_av()
+    folder = root / (data.stem.lstrip(".") or "video")  # hidden folders are not read
     folder.mkdir()
+    video = VideoFile(path=data)
     try:
-        with av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0), start=1):
-                shrink = max(1.0, min(frame.width, frame.height) / short_side)
-                picture = frame.to_ndarray(
-                    format="rgb24", width=round(frame.width / shrink), height=round(frame.height / shrink)
-                )
-                data = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=95, colorsubsampling="444")
-                (folder / f"{number:06}.jpg").write_bytes(data)
-    except (av.error.FFmpegError, IndexError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a video: {error}") from None
-    if not any(folder.iterdir()):
-        raise UserError(f"{path} has no frames")
+        write_frames(video, folder, short_side=short_side, quality=95, subsampling="444")
+    except DamagedVideo as error:
+        raise UserError(f"{data} cannot be read as a video: {error}") from None
+    return video.faults

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from vac_ddp.data.frame_names import FrameNames, Run, Texts, join_frames, natural_key, pack_runs, runs_of
+from vac_ddp.data.video import SUFFIXES as VIDEO_SUFFIXES
 from vac_ddp.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg")
 SOUND = "audio.wav"  # may lie beside the frames of a video
 GOOD, EMPTY, MISSING, UNREADABLE, DAMAGED = range(5)
 STATES = ("good", "no frames in it", "no such folder", "cannot be read", "no frame decodes")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
 import socket
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,18 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import simplejpeg
-
+from vac_ddp.data.video import SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import PARTIAL, flush_directory, read_json, write_json
-from vac_ddp.tools.video import DamagedVideo, read_frames, write_audio
 
-SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
-    *(".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-)
 RECORD = ".extract.json"  # what OUT was extracted with
+FAULTS = ".faults.txt"  # in a folder of frames: what is wrong with its file
 NAMED = 20
+MAX_RATE = 1000.0  # frames per second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +48,7 @@ class Outcome:
     name: str
     frames: int = 0
     problem: str | None = None  # why there is no folder of frames
+    faults: list[str] = field(default_factory=list)  # why some frames may be missing
 
 
 @dataclass(kw_only=True)
@@ -59,7 +58,8 @@ class Summary:
     extracted: int = 0
     frames: int = 0
     there: int = 0  # folders of an earlier call
-    damaged: list[Outcome] = field(default_factory=list)
+    damaged: list[Outcome] = field(default_factory=list)  # without a folder
+    faulty: list[Outcome] = field(default_factory=list)  # with the frames that decode, of this call or an earlier one
     other: list[str] = field(default_factory=list)  # files that are no videos by their name
 
 
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--audio", action="store_true", help="write audio.wav (16 kHz, mono) where there is sound")
     parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: none but this)")
     given = parser.parse_args(argv)
-    if given.rate is not None and not given.rate > 0:
-        parser.error(f"--rate {given.rate:g}: must be above 0")
+    if given.rate is not None and not 0 < given.rate <= MAX_RATE:
+        parser.error(f"--rate {given.rate:g}: must be above 0 and at most {MAX_RATE:g}")
     if given.short_side is not None and given.short_side < 1:
         parser.error(f"--short-side {given.short_side}: must be at least 1")
     if not 1 <= given.quality <= 100:
@@ -90,13 +90,21 @@ def main(argv: list[str]) -> int:
     if summary.other:
         some = ", ".join(summary.other[:5]) + (", ..." if len(summary.other) > 5 else "")
         print(f"{len(summary.other)} files are no videos and were left alone: {some}")
-    if summary.damaged:
-        print(f"{len(summary.damaged)} files are damaged and were left alone:")
-        for outcome in summary.damaged[:NAMED]:
-            print(f"  {outcome.name}: {outcome.problem}")
-        if len(summary.damaged) > NAMED:
-            print(f"  and {len(summary.damaged) - NAMED} more")
-    return FINDINGS if summary.damaged else DONE
+    _print_files("are damaged and were left alone", [(o.name, o.problem or "") for o in summary.damaged])
+    _print_files(
+        "are damaged; the frames that decode are extracted",
+        [(o.name, f"{o.frames} frames; {'; '.join(o.faults)}") for o in summary.faulty],
+    )
+    return FINDINGS if summary.damaged or summary.faulty else DONE
+
+
+def _print_files(title: str, files: list[tuple[str, str]]) -> None:
+    if files:
+        print(f"{len(files)} files {title}:")
+    for name, what in files[:NAMED]:
+        print(f"  {name}: {what}")
+    if len(files) > NAMED:
+        print(f"  and {len(files) - NAMED} more")
 
 
 def _there(count: int) -> str:
@@ -109,61 +117,94 @@ def extract(videos: Path, out: Path, options: Options, *, workers: int = 0, prog
     A folder appears when all of its frames are on the disk. Raises UserError where there is nothing to extract, two
     files would become one folder, or `out` was extracted with other options.
     """
-    _load_av()
-    found, other = find_videos(videos)
-    summary = Summary(other=other)
+    need_av()
+    found, other, unread = find_videos(videos)
+    summary = Summary(other=other, damaged=unread)
     todo = []
     for source, folder in sorted(found.items()):
         if (out / folder).is_dir():
             summary.there += 1
+            summary.faulty += _known_faults(source, out / folder)
         else:
             todo.append((videos.parent if videos.is_file() else videos, source, out / folder, options))
     _remember(out, options)
     sweep(out)
     for outcome in _run(todo, workers=workers, progress=progress):
-        if outcome.problem is None:
-            summary.extracted += 1
-            summary.frames += outcome.frames
-        else:
+        if outcome.problem is not None:
             summary.damaged.append(outcome)
+            continue
+        summary.extracted += 1
+        summary.frames += outcome.frames
+        if outcome.faults:
+            summary.faulty.append(outcome)
     sweep(out)  # what a crash left
     summary.damaged.sort(key=lambda outcome: outcome.name)
+    summary.faulty.sort(key=lambda outcome: outcome.name)
     return summary
 
 
-def find_videos(videos: Path) -> tuple[dict[Path, Path], list[str]]:
-    """Video files by their names' endings, with the folder of each below OUT; and the other files' names."""
+def _known_faults(source: Path, folder: Path) -> list[Outcome]:
+    """What an earlier call noted about a file whose folder is there."""
+    note = folder / FAULTS
+    if not note.exists():
+        return []
+    frames = len(list(folder.glob("*.jpg")))
+    return [Outcome(name=str(source), frames=frames, faults=note.read_text(encoding="utf-8").splitlines())]
+
+
+def find_videos(videos: Path) -> tuple[dict[Path, Path], list[str], list[Outcome]]:
+    """Find video files by their names' endings, links followed.
+
+    Returns the files with the folder of each below OUT, the other files' names, and folders that cannot be read.
+    """
     if videos.is_file():
-        return {Path(videos.name): Path(videos.stem)}, []
+        return {Path(videos.name): Path(videos.stem)}, [], []
     if not videos.is_dir():
         raise UserError(f"{videos}: no such file or folder; give a video file or a folder of them")
     found: dict[Path, Path] = {}
     takes: dict[Path, Path] = {}
-    other = []
-    for root, folders, files in os.walk(videos):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = (Path(root) / name).relative_to(videos)
-            if name.startswith("."):
-                continue
-            if path.suffix.lower() not in SUFFIXES:
-                other.append(str(path))
-                continue
-            folder = path.with_suffix("")
-            if folder in takes:
-                raise UserError(f"{videos}: {takes[folder]} and {path} would become one folder; rename one of them")
-            takes[folder] = path
-            found[path] = folder
-    if not found:
+    files, other, unread = _walk(videos)
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES:
+            other.append(str(path))
+            continue
+        folder = path.with_suffix("")
+        if folder in takes:
+            raise UserError(f"{videos}: {takes[folder]} and {path} would become one folder; rename one of them")
+        takes[folder] = path
+        found[path] = folder
+    if not found and not unread:
         raise UserError(f"{videos}: no video files in it (looked for {', '.join(SUFFIXES)})")
-    return found, other
+    return found, other, unread
 
 
-def _load_av() -> None:
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"vac extract needs PyAV ({error}): pip install av") from error
+def _walk(top: Path) -> tuple[list[Path], list[str], list[Outcome]]:
+    """The files below a folder, relative to it, hidden ones left out; links that lead back up; unreadable folders."""
+    files: list[Path] = []
+    loops: list[str] = []
+    unread: list[Outcome] = []
+
+    def enter(folder: Path, above: frozenset[tuple[int, int]]) -> None:
+        try:
+            status = (top / folder).stat()
+            found = sorted(
+                (path.name, path.is_dir()) for path in (top / folder).iterdir() if not path.name.startswith(".")
+            )
+        except OSError as error:
+            unread.append(Outcome(name=str(folder), problem=error.strerror or str(error)))
+            return
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            loops.append(f"{folder} (a link to a folder above it)")
+            return
+        for name, is_folder in found:
+            if is_folder:
+                enter(folder / name, above | {here})
+            else:
+                files.append(folder / name)
+
+    enter(Path(), frozenset())
+    return files, loops, unread
 
 
 def _remember(out: Path, options: Options) -> None:
@@ -186,11 +227,13 @@ def _spell(options: dict[str, Any]) -> str:
 
 
 def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{_host()}-{os.getpid()}{PARTIAL}")
+    """Where a folder is made: short, as the name of a video may be as long as the file system allows."""
+    number = zlib.crc32(os.fsencode(folder.name))
+    return folder.with_name(f".{number:08x}.{_host()}-{os.getpid()}{PARTIAL}")
 
 
 def _host() -> str:
-    return socket.gethostname().replace(".", "_")
+    return socket.gethostname().replace(".", "_")[:64]
 
 
 def sweep(out: Path) -> list[Path]:
@@ -257,38 +300,50 @@ def _in_processes(jobs: dict[int, Job], workers: int, work: Callable[..., Outcom
 
 
 def extract_one(root: Path, source: Path, folder: Path, options: Options) -> Outcome:
-    """Extract the file root/source to `folder`, which appears whole or not at all."""
+    """Extract the file root/source to `folder`, which appears whole or not at all.
+
+    Whatever is wrong with one file is its outcome. Raises UserError where nothing can be written any more.
+    """
     outcome = Outcome(name=str(source))
-    partial = _partial(folder)
     try:
-        partial.mkdir(parents=True)
-        try:
-            outcome.frames = _write_frames(root / source, partial, options)
-            if options.audio:
-                write_audio(root / source, partial / "audio.wav")
-            for path in partial.iterdir():
-                _flush(path)
-            partial.rename(folder)
-            flush_directory(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _extract(VideoFile(path=root / source), folder, options, outcome)
     except DamagedVideo as error:
         outcome.problem = str(error)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        outcome.problem = f"cannot be extracted to {folder}: {error.strerror or error}"
+    except Exception as error:  # an error of ours or of a library ends this file, not the others
+        outcome.problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if outcome.problem is not None:
         with contextlib.suppress(OSError):  # a class folder that we made for it
             folder.parent.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return outcome
 
 
-def _write_frames(source: Path, folder: Path, options: Options) -> int:
-    """Write the frames of a file as 0001.jpg, ...; returns their number."""
-    count = 0
-    for image in read_frames(source, rate=options.rate, short_side=options.short_side):
-        count += 1
-        data = simplejpeg.encode_jpeg(image, quality=options.quality, colorspace="RGB", colorsubsampling="420")
-        (folder / f"{count:04d}.jpg").write_bytes(data)
-    return count
+def _extract(video: VideoFile, folder: Path, options: Options, outcome: Outcome) -> None:
+    partial = _partial(folder)
+    partial.mkdir(parents=True)
+    try:
+        outcome.frames = write_frames(
+            video,
+            partial,
+            rate=options.rate,
+            short_side=options.short_side,
+            quality=options.quality,
+            subsampling="420",
+        )
+        if options.audio:
+            video.write_sound(partial / "audio.wav")
+        outcome.faults = video.faults
+        if video.faults:
+            (partial / FAULTS).write_text("\n".join(video.faults), encoding="utf-8")
+        for path in partial.iterdir():
+            _flush(path)
+        partial.rename(folder)
+        flush_directory(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,244 @@
+"""Video files: the frames a player shows, the frames at given positions, and the sound. All by PyAV, in process.
+
+Only this module opens a video file. What the headers claim (number of frames, duration) decides nothing: a file has the
+frames that its decoder returns. What is wrong with a file that has frames is a line in `VideoFile.faults`.
+"""
+
+from __future__ import annotations
+
+import wave
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vac_ddp.data.video_stream import Clock, DamagedVideo, Picture, decode, demux, open_file
+from vac_ddp.data.video_structure import bytes_missing
+from vac_ddp.errors import UserError
+
+if TYPE_CHECKING:
+    import av
+
+SUFFIXES = (
+    *(".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+)
+AUDIO_RATE = 16000  # samples per second of a sound file
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameTable:
+    """Where the frames of a file are, in the order shown.
+
+    pts: (N,) int64 time stamps in the stream's unit; keys: (K,) int64, those at which decoding can start, ascending.
+    seekable: the time stamps tell the frames apart, so that single frames can be read without those before them.
+    """
+
+    pts: np.ndarray
+    keys: np.ndarray
+    seekable: bool
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+
+@dataclass(kw_only=True)
+class VideoFile:
+    """A video file, which each method opens on its own.
+
+    faults: what the methods called so far met, one line each: a file cut off, packets that do not decode, damaged
+    frames, unreadable sound. Empty for an intact file.
+    """
+
+    path: Path
+    faults: list[str] = field(default_factory=list)
+
+    def frames(self, *, rate: float | None = None, short_side: int | None = None) -> Iterator[np.ndarray]:
+        """Yield the frames as shown, upright and with square pixels: (H, W, 3) uint8 RGB, all of the first one's size.
+
+        rate: frames per second; the k-th is the one shown at k / rate seconds after the first, so that a slower video
+        repeats frames. Where the clock of the file jumps, goes back or stops, the next frame follows after the usual
+        time, so that no frame stands for more than 10 seconds. None: every frame once. short_side: larger frames are
+        shrunk to it, in pixels. Raises DamagedVideo where there is no frame.
+        """
+        with Picture(self.path) as picture:
+            clock, shown, held = Clock(picture.step), 0, None
+            for frame in picture.decode():
+                begin = clock.read(frame)
+                while rate is not None and held is not None and shown / rate < begin - 1e-6:
+                    yield held
+                    shown += 1
+                held = picture.upright(frame, short_side)
+                if rate is None:
+                    yield held
+            while rate is not None and held is not None and shown / rate < clock.end - 1e-6:
+                yield held
+                shown += 1
+            self._judge(picture, clock)
+        if held is None:
+            raise DamagedVideo("; ".join(["no frame decodes", *self.faults]))
+
+    def table(self) -> FrameTable:
+        """Find out where the frames are: from the packets of MP4 and Matroska files, else by decoding."""
+        with Picture(self.path) as picture:
+            packets = [p for p in picture.packets() if p.size and p.pts is not None] if picture.timed else []
+        if packets:
+            shown = sorted(p.pts for p in packets if not p.is_discard)
+            return _table(shown, [p.pts for p in packets if p.is_keyframe])
+        with Picture(self.path) as picture:
+            seen = [(frame.pts, frame.key_frame) for frame in picture.decode()]
+            intact = not (picture.broken or picture.damaged or picture.lost) and all(pts is not None for pts, _ in seen)
+        if not seen:
+            raise DamagedVideo("no frame decodes")
+        return _table([pts if intact else 0 for pts, _ in seen], [pts for pts, key in seen if key and intact])
+
+    def frames_at(
+        self, indices: Sequence[int], table: FrameTable | None = None, *, short_side: int | None = None
+    ) -> list[np.ndarray]:
+        """Read single frames by their positions in the order shown: each (H, W, 3) uint8 RGB, as `frames` yields them.
+
+        table: of an earlier call of `table`. Seeks to the key frames before the frames asked for and decodes from
+        there; where that does not lead to them, the file is decoded from its start. Raises DamagedVideo where a frame
+        cannot be read.
+        """
+        table = table or self.table()
+        wanted = sorted({int(i) for i in indices})
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < len(table):
+            raise IndexError(f"{self.path} has {len(table)} frames, not {wanted[-1] if wanted[0] >= 0 else wanted[0]}")
+        found: dict[int, np.ndarray] = {}
+        if table.seekable:
+            with Picture(self.path) as picture:
+                found = _seek_frames(picture, table, wanted, short_side)
+        if len(found) < len(wanted):
+            for number, image in enumerate(self.frames(short_side=short_side)):
+                if number in wanted:
+                    found[number] = image
+                if number == wanted[-1]:
+                    break
+        if len(found) < len(wanted):
+            raise DamagedVideo(f"{len(wanted) - len(found)} of {len(wanted)} frames cannot be read")
+        return [found[int(i)] for i in indices]
+
+    def write_sound(self, target: Path) -> bool:
+        """Write the best sound track as 16-bit mono at `AUDIO_RATE`; returns whether there is one.
+
+        A track may change its format on the way. What cannot be decoded is left out and named in `faults`.
+        """
+        with open_file(self.path) as container:
+            stream = container.streams.best("audio")
+            if stream is None:
+                return False
+            broken, written = [], 0
+            with wave.open(str(target), "wb") as sound:
+                sound.setnchannels(1)
+                sound.setsampwidth(2)
+                sound.setframerate(AUDIO_RATE)
+                for samples in _resampled(decode(demux(container, stream, broken), broken)):
+                    sound.writeframes(samples.tobytes())
+                    written += len(samples)
+        if broken or not written:
+            self.faults.append(f"sound: {broken[0]} ({len(broken)} packets)" if broken else "sound: nothing decodes")
+        if not written:
+            target.unlink()
+        return bool(written)
+
+    def _judge(self, picture: Picture, clock: Clock) -> None:
+        """Note what is wrong with a file that was read to its end."""
+        missing = bytes_missing(self.path)
+        if missing:
+            self.faults.append(missing)
+        if picture.lost:
+            self.faults.append(f"packets that cannot be read: {picture.lost} of {picture.lost + picture.read}")
+        if picture.broken:
+            self.faults.append(f"packets that do not decode: {len(picture.broken)} ({picture.broken[0]})")
+        if picture.damaged:
+            self.faults.append(f"damaged frames: {picture.damaged} of {clock.count}")
+        length = picture.duration
+        if not self.faults and length is not None and not clock.jumps and clock.end < length * 0.95 - 1.0:
+            self.faults.append(f"ends after {clock.end:.1f} of {length:.1f} seconds")
+
+
+def write_frames(
+    video: VideoFile,
+    folder: Path,
+    *,
+    rate: float | None = None,
+    short_side: int | None = None,
+    quality: int,
+    subsampling: str,
+) -> int:
+    """Write the frames of a video as 0001.jpg, ... into `folder`; returns their number.
+
+    quality, subsampling: of the JPEGs, 1 to 100 and "420", "422" or "444". Raises DamagedVideo, and OSError.
+    """
+    import simplejpeg
+
+    count = 0
+    for image in video.frames(rate=rate, short_side=short_side):
+        count += 1
+        data = simplejpeg.encode_jpeg(image, quality=quality, colorspace="RGB", colorsubsampling=subsampling)
+        (folder / f"{count:04d}.jpg").write_bytes(data)
+    return count
+
+
+def need_av() -> None:
+    """Raise UserError, in one line, where PyAV cannot be imported."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"video files need PyAV: pip install av ({error})") from error
+
+
+# ---------------------------------------------------------------- single frames
+
+
+def _table(pts: list[int], keys: list[int]) -> FrameTable:
+    stamps = np.array(pts, np.int64)
+    distinct = len(stamps) > 0 and bool((np.diff(stamps) > 0).all())
+    return FrameTable(pts=stamps, keys=np.array(sorted(keys), np.int64), seekable=distinct and len(keys) > 0)
+
+
+def _seek_frames(
+    picture: Picture, table: FrameTable, wanted: list[int], short_side: int | None
+) -> dict[int, np.ndarray]:
+    """Read the frames `wanted` (ascending) from the key frames before them; some may be missing in the answer."""
+    import av
+
+    number = {int(table.pts[i]): i for i in wanted}
+    groups: dict[int, list[int]] = {}
+    for i in wanted:
+        key = int(np.searchsorted(table.keys, table.pts[i], side="right")) - 1
+        groups.setdefault(int(table.keys[max(0, key)]), []).append(int(table.pts[i]))
+    found: dict[int, np.ndarray] = {}
+    for key, stamps in groups.items():
+        try:
+            picture.container.seek(key, stream=picture.stream)
+        except av.FFmpegError:
+            return found
+        for frame in picture.decode():
+            if frame.pts in number:
+                found[number[frame.pts]] = picture.upright(frame, short_side)
+            if frame.pts is None or frame.pts >= stamps[-1]:
+                break
+    return found
+
+
+# ---------------------------------------------------------------- sound
+
+
+def _resampled(frames: Iterator[av.AudioFrame]) -> Iterator[np.ndarray]:
+    """Yield the sound as (n,) int16 at AUDIO_RATE; each change of format gets a resampler of its own."""
+    import av
+
+    resampler, before = None, None
+    for frame in frames:
+        now = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if now != before:
+            if resampler is not None:
+                yield from (part.to_ndarray()[0] for part in resampler.resample(None))
+            resampler, before = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_RATE), now
+        yield from (part.to_ndarray()[0] for part in resampler.resample(frame))
+    if resampler is not None:
+        yield from (part.to_ndarray()[0] for part in resampler.resample(None))
