@@ -31,6 +31,7 @@ def dump_scan(stream: BinaryIO, scan: Scan) -> None:
         "classes": scan.classes,
         "watched": scan.watched,
         "strays": dataclasses.asdict(scan.strays),
+        "notes": scan.notes,
     }
     arrays: dict[str, Any] = {
         "facts": np.frombuffer(json.dumps(facts).encode("ascii"), np.uint8),
@@ -63,6 +64,7 @@ def read_scan(path: Path) -> Scan | None:
                 classes=facts["classes"],
                 watched=facts["watched"],
                 strays=Strays(**facts["strays"]),
+                notes=facts.get("notes", []),
                 names=Texts(stored["names"], stored["names_at"]),
                 frames=frames,
                 **{name: stored[name] for name in ("labels", "states", "damaged", "times")},

@@ -1,11 +1,9 @@
 """One pass over a tree of frame folders, or over the folders a CSV names: what is there, as arrays."""
 
-# ruff: noqa: PTH116, PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
+# ruff: noqa: PTH112, PTH116, PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +15,8 @@ import numpy as np
 
 from vac_ddp.data.frame_names import FrameNames, Run, Texts, join_frames, natural_key, pack_runs, runs_of
 from vac_ddp.data.video import SUFFIXES as VIDEO_SUFFIXES
+from vac_ddp.data.video_list import SUFFIXES as LIST_SUFFIXES
+from vac_ddp.data.video_list import has_labels, read_list
 from vac_ddp.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -67,6 +67,7 @@ class Scan:
     times: np.ndarray  # (V,) int64: mtime of the video's folder in ns; -1 missing, 0 too fresh to trust
     watched: dict[str, int]  # folders above the videos, and the CSV -> mtime in ns
     strays: Strays
+    notes: list[str] = field(default_factory=list)  # how a list was read, one line each
 
 
 def scan_root(root: Path, *, labelled: bool) -> Scan:
@@ -77,7 +78,7 @@ def scan_root(root: Path, *, labelled: bool) -> Scan:
     if root.is_dir():
         return _scan_folder(root, labelled=labelled)
     if root.is_file():
-        if root.suffix.lower() != ".csv":
+        if root.suffix.lower() not in LIST_SUFFIXES:
             raise UserError(
                 f"{root} is a file and no CSV: give a folder of frames, a packed set, or a CSV (path,label)"
             )
@@ -88,8 +89,7 @@ def scan_root(root: Path, *, labelled: bool) -> Scan:
 def looks_labelled(root: Path) -> bool:
     """Whether a folder is <class>/<video>/*.jpg rather than <video>/*.jpg, or a CSV has labels: by a first look."""
     if root.is_file():
-        with root.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-            return "label" in (csv.DictReader(stream, skipinitialspace=True).fieldnames or [])
+        return has_labels(root)
     deeper = False
     for folder in sorted(_folders_in(os.path.realpath(root), "", Strays())[0])[:_LOOKS]:
         below, files = _folders_in(os.path.realpath(root), folder, Strays())
@@ -170,40 +170,26 @@ def _instead(files: list[str]) -> str:
 def _scan_csv(path: Path, *, labelled: bool) -> Scan:
     started = time.time_ns()
     watched = {os.path.realpath(path): _trusted(path.stat().st_mtime_ns, started)}
-    names, texts = _read_csv(path, labelled=labelled)
+    base = os.path.realpath(path.parent)
+    names, texts, notes = read_list(path, labelled=labelled)
+    _refuse_video_files(path, base, names)
     classes = class_order(list(set(texts))) if labelled else []
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[text] for text in texts] if labelled else [-1] * len(names), np.int64)
-    base = os.path.realpath(path.parent)
-    return _scan_videos(base, classes, labels, names, watched, Strays(), started, check=labelled)
+    found = _scan_videos(base, classes, labels, names, watched, Strays(), started, check=labelled)
+    found.notes = notes
+    return found
 
 
-def _read_csv(path: Path, *, labelled: bool) -> tuple[list[str], list[str]]:
-    """The columns path and label of a CSV; paths in their shortest form, labels empty where not asked for."""
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    wanted = ["path", "label"] if labelled else ["path"]
-    lacking = [column for column in wanted if column not in (reader.fieldnames or [])]
-    if lacking:
+def _refuse_video_files(path: Path, base: str, names: list[str]) -> None:
+    files = [
+        name for name in names if name.lower().endswith(VIDEO_SUFFIXES) and not os.path.isdir(os.path.join(base, name))
+    ]
+    if files:
         raise UserError(
-            f"{path} has no column {' and no column '.join(lacking)}: its first line must be {','.join(wanted)}"
+            f"{path}: {len(files)} of {len(names)} lines name video files, such as {files[0]}: cut them into frames "
+            "with `vac extract` and list the folders of frames"
         )
-    names, labels, seen = [], [], {}
-    for row in reader:
-        for column in wanted:
-            if not (row[column] or "").strip():
-                raise UserError(f"{path} line {reader.line_num} has no {column}: every line needs {','.join(wanted)}")
-        name = os.path.normpath(row["path"].strip())
-        if name in seen:
-            raise UserError(
-                f"{path} line {reader.line_num} names {name} again (first on line {seen[name]}): remove one"
-            )
-        seen[name] = reader.line_num
-        names.append(name)
-        labels.append(row["label"].strip() if labelled else "")
-    if not names:
-        raise UserError(f"{path} lists no videos: it needs lines with {','.join(wanted)}")
-    return names, labels
 
 
 def _scan_videos(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vac_ddp.data.video_list import read_table
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
 
@@ -134,19 +133,20 @@ def _from_csv(names: Sequence[str], videos: Sequence[str], settings: DataSetting
         raise UserError("data.group_by=csv needs data.group_csv, a CSV with the columns video,source")
     path = Path(settings.group_csv).expanduser()
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        table = read_table(path, ("video", "source"))
     except OSError as error:
         raise UserError(f"cannot read data.group_csv={path}: {error.strerror}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    if not {"video", "source"} <= set(reader.fieldnames or []):
+    if table is None:
         raise UserError(f"{path} must have the columns video,source")
+    names_of_columns, rows = table
+    places = [names_of_columns.index(name) for name in ("video", "source")]
     told: dict[str, str] = {}
-    for row in reader:
-        video, source = (row["video"] or "").strip(), (row["source"] or "").strip()
+    for row in rows:
+        video, source = (row.fields[place].strip() if place < len(row.fields) else "" for place in places)
         if not video or not source:
-            raise UserError(f"{path} line {reader.line_num} has no video or no source")
+            raise UserError(f"{path} line {row.line} has no video or no source")
         if told.setdefault(video, source) != source:
-            raise UserError(f"{path} line {reader.line_num} gives {video} a second source: {told[video]} and {source}")
+            raise UserError(f"{path} line {row.line} gives {video} a second source: {told[video]} and {source}")
     return [told.get(name, told.get(video)) for name, video in zip(names, videos, strict=True)]
 
 
