@@ -78,7 +78,7 @@ def scan_root(root: Path, *, labelled: bool) -> Scan:
     if root.is_dir():
         return _scan_folder(root, labelled=labelled)
     if root.is_file():
-        if root.suffix.lower() not in LIST_SUFFIXES:
+        if root.suffix.lower() not in LIST_SUFFIXES or (root.suffix != ".csv" and not root.stat().st_size):
             raise UserError(
                 f"{root} is a file and no CSV: give a folder of frames, a packed set, or a CSV (path,label)"
             )
