@@ -19,6 +19,7 @@ from vac_ddp.engine.ema import Ema
 from vac_ddp.engine.fit import fit_clips
 from vac_ddp.engine.meters import Meters, clip_flops, keep_freed_memory, matmul_rate
 from vac_ddp.engine.optim import Group, make_groups, make_optimizer
+from vac_ddp.engine.saved import check_fits
 from vac_ddp.engine.step import Stepper
 from vac_ddp.errors import UserError
 from vac_ddp.job_data import Data
@@ -65,6 +66,10 @@ def make_stepper(
     groups = make_groups(model, config.optim, config.train.freeze_depth)
     clips_per_gpu = _clips_per_gpu(config, model, device, resumed)
     if resumed.yes:
+        averaged = config.train.ema_decay is not None
+        distributed.main_first(
+            lambda: check_fits(resumed.state, resumed.source, model, groups, averaged=averaged), lambda: None
+        )
         _broadcast_state(model, resumed.part("model"))
     ema = Ema(model, config.train.ema_decay) if config.train.ema_decay is not None else None
     if resumed.yes and ema is not None:

@@ -13,21 +13,48 @@ from __future__ import annotations
 import bisect
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from vac_ddp.data.index_file import read_scan
+from vac_ddp.data.index_file import load_scan
 from vac_ddp.data.scan import Scan
 from vac_ddp.errors import UserError
-from vac_ddp.files import read_json
+from vac_ddp.schema import Count, FileName, Sha256, mismatch, read_array_header, read_json
 
 MARK = "pack.json"
 INDEX = "index.npz"
 OFFSETS = "offsets.npy"
 VERSION = 1
+REMEDY = "copy the packed set again, or pack the data again"
 
 _MAX_OPEN = 256  # shards that are kept open; the others are opened for each read
+_CHUNK = 1 << 20  # offsets that are looked at together
+
+
+class FileFacts(TypedDict):
+    """A file of a packed set."""
+
+    file: FileName
+    bytes: Count
+    sha256: Sha256
+
+
+class PackVersion(TypedDict):
+    """What every version of pack.json has."""
+
+    version: int
+
+
+class PackFacts(TypedDict):
+    """The content of pack.json."""
+
+    version: Literal[1]
+    labelled: bool
+    videos: Count
+    frames: Count
+    shards: list[FileFacts]
+    files: list[FileFacts]
 
 
 class PackedFrames:
@@ -105,30 +132,62 @@ def read_pack(root: Path, *, labelled: bool) -> tuple[Scan, PackedFrames]:
     facts = read_facts(root)
     if labelled and not facts["labelled"]:
         raise UserError(f"{root} is a packed set without classes: it can be predicted, not trained on")
-    found = read_scan(root / INDEX)
-    if found is None:
-        raise UserError(f"{root / INDEX} is damaged or missing: pack the data again")
+    found = load_scan(root / INDEX, remedy=REMEDY)
+    if len(found.names) != facts["videos"]:
+        raise mismatch(root / INDEX, "names", f"{facts['videos']} videos", str(len(found.names)), REMEDY)
+    if facts["labelled"] and not (found.classes and len(found.names) and found.labels.min() >= 0):
+        raise mismatch(root / INDEX, "labels", "a class for every video", "videos without one", REMEDY)
+    counts = found.frames.counts
+    _check_offsets(root, facts["shards"], frames=int(counts.sum()))
     if not labelled:
         found.labels = np.full(len(found.names), -1, np.int64)
         found.classes = []
     shards = [(shard["file"], shard["bytes"]) for shard in facts["shards"]]
-    return found, PackedFrames(root.resolve(), shards, found.frames.counts)
+    return found, PackedFrames(root.resolve(), shards, counts)
 
 
-def read_facts(root: Path) -> dict[str, Any]:
+def read_facts(root: Path) -> PackFacts:
     """What pack.json says, after a look at the sizes of the files it names."""
-    try:
-        facts = read_json(root / MARK)
-        version, files = facts["version"], [*facts["shards"], *facts["files"]]
-        sizes = {entry["file"]: entry["bytes"] for entry in files}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / MARK} is damaged: pack the data again") from error
+    path = root / MARK
+    version = read_json(path, PackVersion, remedy=REMEDY)["version"]
     if version != VERSION:
         raise UserError(f"{root} was packed in version {version} of the format, this program reads {VERSION}")
-    for name, size in sizes.items():
-        path = root / name
-        there = path.stat().st_size if path.is_file() else None
-        if there != size:
-            what = "is missing" if there is None else f"has {there} bytes instead of {size}"
-            raise UserError(f"{path} {what}: copy the packed set again, or pack the data again")
+    facts = read_json(path, PackFacts, remedy=REMEDY)
+    entries = [*facts["shards"], *facts["files"]]
+    names = [entry["file"] for entry in entries]
+    if len(set(names)) < len(names) or {entry["file"] for entry in facts["files"]} != {INDEX, OFFSETS}:
+        raise mismatch(path, "files", f"{INDEX}, {OFFSETS} and shards, once each", ", ".join(names)[:200], REMEDY)
+    for entry in entries:
+        part = root / entry["file"]
+        there = part.stat().st_size if part.is_file() else None
+        if there != entry["bytes"]:
+            what = "is missing" if there is None else f"has {there} bytes instead of {entry['bytes']}"
+            raise UserError(f"{part} {what}: {REMEDY}")
     return facts
+
+
+def _check_offsets(root: Path, shards: list[FileFacts], *, frames: int) -> None:
+    """Raise UserError where the offsets do not cut the shards into `frames` frames, from the first byte to the last."""
+    path = root / OFFSETS
+    try:
+        with path.open("rb") as stream:
+            shape, _, kind = read_array_header(stream)
+        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {REMEDY}") from None
+    if kind != np.dtype("<i8") or shape != (frames + 1,):
+        raise mismatch(path, "", f"{frames + 1} numbers of the type <i8", f"{kind.str} of the shape {shape}", REMEDY)
+    ends = np.cumsum([0, *(shard["bytes"] for shard in shards)])
+    if int(offsets[0]) != 0 or int(offsets[-1]) != int(ends[-1]):
+        raise mismatch(path, "", f"offsets from 0 to {ends[-1]}", f"{offsets[0]} to {offsets[-1]}", REMEDY)
+    for start in range(0, frames, _CHUNK):
+        part = np.asarray(offsets[start : start + _CHUNK + 1])
+        falls = np.flatnonzero(part[1:] < part[:-1])
+        if len(falls):
+            frame = start + int(falls[0])
+            raise mismatch(path, "", "offsets that never fall", f"{offsets[frame + 1]} after {offsets[frame]}", REMEDY)
+        shard = np.searchsorted(ends, part[:-1], side="right")
+        cut = np.flatnonzero((part[1:] > part[:-1]) & (part[1:] > ends[np.minimum(shard, len(ends) - 1)]))
+        if len(cut):
+            frame = start + int(cut[0])
+            raise mismatch(path, "", "frames within one shard", f"frame {frame} on the end of one", REMEDY)

@@ -162,20 +162,8 @@ def write_split(path: str | Path, index: Index, split: Split) -> None:
 def read_split(path: str | Path, index: Index) -> Split:
     """The split that `write_split` wrote, for the same videos. UserError names what is missing or changed."""
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise UserError(f"cannot read the split {path}: {error.strerror}") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
-    columns: tuple[list[str], ...] = ([], [], [], [])
-    if tuple(next(reader, ())) != COLUMNS:
-        raise UserError(f"{path} is no split: its first line must be {','.join(COLUMNS)}")
-    for row in reader:
-        if len(row) != len(COLUMNS) or row[3] not in PARTS:
-            raise UserError(f"{path} line {reader.line_num} is not video,class,source and one of {', '.join(PARTS)}")
-        for column, value in zip(columns, row, strict=True):
-            column.append(sys.intern(value))
-    videos, classes, sources, parts = columns
+    rows = split_rows(path)
+    videos, classes, sources, parts = ([row[i] for row in rows] for i in range(len(COLUMNS)))
     names = list(index.names)
     if videos != names:
         _same_videos(path, videos, names, index)
@@ -195,6 +183,29 @@ def read_split(path: str | Path, index: Index) -> Split:
         grammar="as written",
         notes=[f"split: read from {path}"],
     )
+
+
+def split_rows(path: Path) -> list[tuple[str, str, str, str]]:
+    """The rows video, class, source, part of a split.csv. UserError for a file that is none, or a line that is none."""
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UserError(f"cannot read the split {path}: {error.strerror}") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
+    rows = []
+    try:
+        if tuple(next(reader, ())) != COLUMNS:
+            raise UserError(f"{path} is no split: its first line must be {','.join(COLUMNS)}")
+        for row in reader:
+            if len(row) != len(COLUMNS) or row[3] not in PARTS:
+                raise UserError(
+                    f"{path} line {reader.line_num} is not video,class,source and one of {', '.join(PARTS)}: "
+                    "restore the file, or begin a new run"
+                )
+            rows.append((row[0], *map(sys.intern, row[1:])))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} cannot be read as CSV ({error}): restore it") from None
+    return rows
 
 
 def _same_videos(path: Path, videos: list[str], names: list[str], index: Index) -> None:

@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import pickle
 import re
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import torch
 
 from vac_ddp import files
 from vac_ddp.engine import discarded
 from vac_ddp.errors import UserError
+from vac_ddp.models.torch_file import read_torch
+from vac_ddp.schema import Count, Sha256, read_json
 
 NAME = re.compile(r"step-(\d{8})\.pt")
+_REMEDY = "give run.resume=auto or another checkpoint"
+
+
+class Companion(TypedDict):
+    """What the JSON beside every checkpoint says of the file; `saved.Facts` has the rest."""
+
+    step: Count
+    bytes: Count
+    sha256: Sha256
 
 
 class _Hashing:
@@ -78,34 +86,34 @@ def numbered(folder: Path) -> list[Path]:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, facts) of a checkpoint, checked by size and hash. UserError where it is missing or damaged."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        size, digest = int(facts["bytes"]), str(facts["sha256"])
+        facts = read_json(path.with_suffix(".json"), Companion, remedy=_REMEDY)
+        size, digest = facts["bytes"], facts["sha256"]
     except FileNotFoundError:
         where = "no such file" if not path.exists() else f"{path.with_suffix('.json').name} beside it is missing"
         raise UserError(f"checkpoint {path}: {where}; give run.resume=auto or another checkpoint") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"checkpoint {path}: its companion {path.with_suffix('.json').name} is damaged") from error
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file; give run.resume=auto or another checkpoint")
     if path.stat().st_size != size:
         raise UserError(f"checkpoint {path} is damaged: {path.stat().st_size} bytes, {size} were written")
     if files.sha256(path) != digest:
         raise UserError(f"checkpoint {path} is damaged: its SHA-256 is not the one that was written")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True), facts
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return read_torch(path), facts
 
 
-def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def read_newest(
+    folder: Path, say: Callable[[str], None], check: Callable[[Any, Any, Path], None] = lambda *_: None
+) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     """The newest checkpoint that is whole; a damaged one is named through `say` and the one before it is taken.
 
+    check: raises UserError for content (state, facts, path) that a run cannot go on from; it counts as damaged.
     None where there has never been one. UserError where there are some and none is whole.
     """
     paths = numbered(folder)
     for path in reversed(paths):
         try:
-            return (path, *read(path))
+            state, facts = read(path)
+            check(state, facts, path)
+            return path, state, facts
         except UserError as error:
             say(f"{error}; the one before it is used")
     if paths:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vac_ddp import files
+from vac_ddp import files, schema
 from vac_ddp.engine import checkpoint, discarded
 from vac_ddp.engine.lock import RunLock
+from vac_ddp.engine.saved import check_content
 from vac_ddp.errors import UserError
 from vac_ddp.settings import RunSettings
 
@@ -67,6 +68,8 @@ CHANGEABLE = (
     "optim.shard",
     "model.weights",
 )
+
+_OF_THE_BEST = 'write it again from best_<model>.pt, whose "classes" are the same list'
 
 
 @dataclass(kw_only=True)
@@ -193,6 +196,7 @@ def _open_locked(
         return OpenRun(folder=folder, lock=lock, set_aside=aside)
     if explicit is not None:
         state, facts = checkpoint.read(explicit)
+        check_content(state, facts, explicit)
         _compare(facts.get("config", {}), values, explicit)
         if folder.resolve() in explicit.resolve().parents:
             _set_aside_later(folder / "checkpoints", facts["step"], say)
@@ -210,7 +214,7 @@ def _open_locked(
         return OpenRun(folder=folder, lock=lock)
     for path in checkpoint.sweep(folder / "checkpoints"):
         say(f"removed {path.name}, left by a save that was killed")
-    newest = checkpoint.read_newest(folder / "checkpoints", say)
+    newest = checkpoint.read_newest(folder / "checkpoints", say, check_content)
     if newest is None:
         if present:
             _refuse_results(folder, present)
@@ -292,3 +296,15 @@ def write_facts(folder: Path, config_yaml: str, classes: list[str]) -> None:
     """config.yaml and classes.json of a new run."""
     files.write_text(folder / "config.yaml", config_yaml)
     files.write_json(folder / "classes.json", classes)
+
+
+def read_classes(folder: Path) -> list[str]:
+    """The class names in classes.json of a run, in the order of the logits. UserError where they are damaged."""
+    path = folder / "classes.json"
+    try:
+        classes = schema.read_json(path, list[str], remedy=_OF_THE_BEST)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run directory: it has no {path.name}") from None
+    if not classes or len(set(classes)) < len(classes):
+        raise schema.mismatch(path, "", "different class names", schema.shown(classes), _OF_THE_BEST)
+    return classes

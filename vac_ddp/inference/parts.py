@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from vac_ddp.errors import UserError
-from vac_ddp.files import read_json, sweep_partials, write_atomic, write_json
+from vac_ddp.files import sweep_partials, write_atomic, write_json
 from vac_ddp.inference.viewsfile import NAME, read_views
+from vac_ddp.schema import read_json
 
 FOLDER = "parts"
 FINGERPRINT = "fingerprint.json"
@@ -110,7 +111,8 @@ def open_out(
         return Found(complete=True, parts=[], done=np.arange(videos))
     stored = out / FOLDER / FINGERPRINT
     if stored.exists():
-        _compare(_read(stored), fingerprint, out / FOLDER)
+        before = read_json(stored, dict[str, str], remedy="--overwrite starts anew")
+        _compare(before, fingerprint, out / FOLDER)
         parts, done = read_parts(out, kind, videos, say)
         return Found(complete=False, parts=parts, done=done)
     foreign = [name for name in RESULTS if (out / name).exists()]
@@ -137,14 +139,6 @@ def drop_parts(out: Path) -> None:
 def _begin(out: Path, fingerprint: dict[str, str], nothing: Found) -> Found:
     write_json(out / FOLDER / FINGERPRINT, fingerprint)
     return nothing
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        raise UserError(f"{path} is damaged: --overwrite starts anew") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _compare(stored: dict[str, str], now: dict[str, str], where: Path) -> None:

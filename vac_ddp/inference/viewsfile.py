@@ -20,16 +20,42 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, NotRequired, TypedDict
 
 import numpy as np
 
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
+from vac_ddp.schema import Array, Count, check, mismatch, parse_json, read_npz
 
 NAME = "views.npz"
 FORMAT = 1
 VIEW_COLUMNS = ("window", "crop", "flip")
+_REMEDY = "it is no views file, or is damaged: predict it anew"
+
+
+class ViewsArrays(TypedDict):
+    """The arrays of the file, as the module's head describes them."""
+
+    logits: Annotated[np.ndarray, Array(kind="f", shape=("videos", "views", "classes"))]
+    ids: Annotated[np.ndarray, Array(kind="U", shape=("videos",))]
+    classes: Annotated[np.ndarray, Array(kind="U", shape=("classes",))]
+    views: Annotated[np.ndarray, Array(kind="i", shape=("views", 3), low=0)]
+    labels: Annotated[np.ndarray, Array(kind="i", shape=("videos",), low=-1)]
+    sources: Annotated[np.ndarray, Array(kind="U", shape=("videos",))]
+    damaged: Annotated[np.ndarray, Array(kind="i", shape=("videos",), low=0)]
+    failed: Annotated[np.ndarray, Array(kind="b", shape=("videos",))]
+    about: Annotated[np.ndarray, Array(kind="U", shape=())]
+
+
+class About(TypedDict):
+    """The JSON text `about`: what is read of it."""
+
+    format: int
+    weights: NotRequired[str]
+    fingerprint: NotRequired[dict[str, str]]
+    epoch: NotRequired[Count]
+    averaged: NotRequired[Count]
 
 
 @dataclass(kw_only=True)
@@ -82,32 +108,33 @@ def read_views(path: str | Path) -> Views:
     path = Path(path)
     if path.is_dir():
         path = path / NAME
-    if not path.exists():
-        raise UserError(f"no views file at {path}: `vac predict` writes one")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            values = {name: stored[name] for name in stored.files}
-        about = json.loads(str(values["about"]))
-        views = Views(
-            logits=values["logits"],
-            ids=values["ids"].tolist(),
-            classes=values["classes"].tolist(),
-            views=values["views"],
-            labels=values["labels"],
-            sources=values["sources"].tolist(),
-            damaged=values["damaged"],
-            failed=values["failed"],
-            about=about,
-            path=path,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no views file, or is damaged ({error}): predict it anew") from None
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} has views format {about.get('format')!r}, this version reads {FORMAT}")
-    shape = (len(views.ids), len(views.views), len(views.classes))
-    if views.logits.shape != shape or views.labels.shape != shape[:1] or views.views.shape[1:] != (3,):
-        raise UserError(f"{path}: logits {views.logits.shape} do not fit {shape} (videos, views, classes)")
-    return views
+        values = read_npz(path, ViewsArrays, remedy=_REMEDY)
+        about = check(parse_json(str(values["about"])), About, file=f"{path}: about", remedy=_REMEDY)
+    except FileNotFoundError:
+        raise UserError(f"no views file at {path}: `vac predict` writes one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: about: expected JSON, found {error}; {_REMEDY}") from None
+    if about["format"] != FORMAT:
+        raise UserError(f"{path} has views format {about['format']}, this version reads {FORMAT}")
+    classes = values["classes"].tolist()
+    if values["labels"].size and values["labels"].max() >= len(classes):
+        raise mismatch(path, "labels", f"numbers below {len(classes)}", str(values["labels"].max()), _REMEDY)
+    for name in ("ids", "classes"):
+        if len(set(values[name].tolist())) < len(values[name]):
+            raise mismatch(path, name, "different names", "one twice", _REMEDY)
+    return Views(
+        logits=values["logits"],
+        ids=values["ids"].tolist(),
+        classes=classes,
+        views=values["views"],
+        labels=values["labels"],
+        sources=values["sources"].tolist(),
+        damaged=values["damaged"],
+        failed=values["failed"],
+        about=about,
+        path=path,
+    )
 
 
 def _small_arrays(head: ViewsHead) -> dict[str, np.ndarray]:

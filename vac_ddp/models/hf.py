@@ -278,9 +278,7 @@ def _zero_rates(config: Any) -> list[str]:
 
 
 def _set_normalisation(report: LoadReport, settings: ModelSettings, source: sources.Source | None) -> None:
-    said = (source.processor if source else None) or {}
-    said = said.get("video_processor") or said.get("image_processor") or said
-    mean, std, origin = said.get("image_mean"), said.get("image_std"), "of the source's pre-processing"
+    (mean, std), origin = sources.normalisation_of(source), "of the source's pre-processing"
     if mean is None or std is None:
         mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's; the source does not say"
     if settings.mean is not None or settings.std is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import names, videomae
-from vac_ddp.models.sources import Source
+from vac_ddp.models.sources import Source, normalisation_of
 from vac_ddp.models.videomae import Architecture
 from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
 from vac_ddp.settings import ClipSettings, ModelSettings
@@ -24,6 +25,7 @@ SIZES = {
     "huge": (1280, 32, 16, 5120, 16),
     "giant": (1408, 40, 16, 6144, 14),
 }
+MOST_TOKENS = 1 << 17  # of a clip; 64 frames of 448 pixels are 25,088
 HEADS = {width: heads for width, _, heads, _, _ in SIZES.values()}
 
 # Tensors that a fine-tuning has no use for: the pre-training's decoder; a bias on k, which cancels in the softmax.
@@ -108,36 +110,42 @@ def _architecture(
             arch = videomae.architecture_from(source.architecture)
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"{source.path}: its architecture entry is damaged ({error})") from None
+        _refuse_contradiction(source, arch, _sizes(source, state, layout))
     else:
         arch = _deduce(source, state, layout, settings, report)
     _refuse_other_sizes(source, arch, settings)
     return arch if settings.norm_eps is None else dataclasses.replace(arch, eps=settings.norm_eps)
 
 
+def _refuse_contradiction(source: Source, said: Architecture, sizes: dict[str, int]) -> None:
+    """A UserError where a file's architecture entry is not what its tensors show: nothing is built of other sizes."""
+    for name, size in sizes.items():
+        if getattr(said, name) != size:
+            raise UserError(
+                f"{source.path}: architecture.{name}: expected {size}, as the tensors show, found "
+                f"{getattr(said, name)}; give another best_<model>.pt"
+            )
+    if said.width % said.heads or max(map(math.prod, said.grids), default=MOST_TOKENS + 1) > MOST_TOKENS:
+        raise UserError(
+            f"{source.path}: architecture: expected heads that divide the width {said.width} and grids of at most "
+            f"{MOST_TOKENS} tokens, found {said.heads} heads and the grids {list(said.grids)[:3]}; give another "
+            "best_<model>.pt"
+        )
+
+
 def _deduce(
     source: Source, state: dict[str, Tensor], layout: int, settings: ModelSettings, report: LoadReport
 ) -> Architecture:
-    kernel = state[names.source_names("patch_embed.weight", layout)[0][0]]
-    inside = re.compile(r"^(?:blocks|videomae\.encoder\.layer)\.(\d+)\.")
-    blocks = [int(match[1]) for name in state if (match := inside.match(name))]
-    fc1 = state.get(names.source_names("blocks.0.fc1.weight", layout)[0][0])
-    if kernel.ndim != 5 or kernel.shape[1] != 3 or kernel.shape[3] != kernel.shape[4] or not blocks or fc1 is None:
-        raise UserError(
-            f"{source.path} holds no whole VideoMAE: {len(set(blocks))} blocks, patch embedding {tuple(kernel.shape)}"
-        )
-    width, _, tubelet, patch, _ = kernel.shape
+    sizes = _sizes(source, state, layout)
+    width, patch, tubelet = sizes["width"], sizes["patch"], sizes["tubelet"]
     config = source.hf_config or {}
     saved = (source.config or {}).get("model", {})
     frames, image = _trained_clip(source, report)
     height, across = image if isinstance(image, list | tuple) else (image, image)
     is_hf = layout == names.HF
     return Architecture(
-        width=width,
-        depth=max(blocks) + 1,
+        **sizes,
         heads=_heads(source, width, settings, saved, report),
-        mlp=fc1.shape[0],
-        patch=patch,
-        tubelet=tubelet,
         eps=config.get("layer_norm_eps", 1e-12) if is_hf else 1e-6,
         head_eps=1e-5 if is_hf else 1e-6,
         grids=((frames // tubelet, height // patch, across // patch),),
@@ -163,6 +171,27 @@ def _trained_clip(source: Source, report: LoadReport) -> tuple[int, Any]:
     if unknown:
         report.notes.append(f"the file does not say for which clips it was trained; assumed: {' of '.join(unknown)}")
     return frames, size
+
+
+def _sizes(source: Source, state: dict[str, Tensor], layout: int) -> dict[str, int]:
+    """The sizes of an `Architecture` that the shapes of the tensors show."""
+    kernel = state.get(names.source_names("patch_embed.weight", layout)[0][0], torch.empty(0))
+    inside = re.compile(r"^(?:blocks|videomae\.encoder\.layer)\.(\d+)\.")
+    blocks = [int(match[1]) for name in state if (match := inside.match(name))]
+    fc1 = state.get(names.source_names("blocks.0.fc1.weight", layout)[0][0])
+    if (
+        kernel.ndim != 5
+        or kernel.shape[1] != 3
+        or kernel.shape[3] != kernel.shape[4]
+        or len(set(blocks)) <= max(blocks, default=0)
+        or fc1 is None
+        or fc1.ndim != 2
+    ):
+        raise UserError(
+            f"{source.path} holds no whole VideoMAE: {len(set(blocks))} blocks, patch embedding {tuple(kernel.shape)}"
+        )
+    width, _, tubelet, patch, _ = kernel.shape
+    return {"width": width, "depth": max(blocks) + 1, "mlp": fc1.shape[0], "patch": patch, "tubelet": tubelet}
 
 
 def _heads(source: Source, width: int, settings: ModelSettings, saved: dict[str, Any], report: LoadReport) -> int:
@@ -356,16 +385,13 @@ def _normalisation(
     """Mean and std by settings, else by the source, else ImageNet's, which the official models were trained with."""
     said = source.processor or {}
     said = said.get("video_processor") or said.get("image_processor") or said
-    mean, std, origin = said.get("image_mean"), said.get("image_std"), "of the source's pre-processing"
+    (mean, std), origin = normalisation_of(source), "of the source's pre-processing"
     if source.architecture is not None:
         mean, std, origin = source.architecture.get("mean"), source.architecture.get("std"), "of the run"
     if mean is None or std is None:
         mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's; the source does not say"
     if settings.mean is not None or settings.std is not None:
         mean, std, origin = settings.mean or mean, settings.std or std, "of the settings"
-    for values in (mean, std):
-        if len(values) != 3 or not all(isinstance(x, int | float) for x in values):
-            raise UserError(f"{source.path}: mean/std {values} are not three numbers; give model.mean and model.std")
     size = said.get("crop_size") or said.get("size") or {}
     trained = size.get("shortest_edge") or size.get("height") if isinstance(size, dict) else size
     if isinstance(trained, int) and trained != clip.size:

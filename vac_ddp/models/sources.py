@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import pickle
-import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-import torch
 from torch import Tensor
 
 from vac_ddp import files
 from vac_ddp.errors import UserError
+from vac_ddp.models.torch_file import REMEDY, check_tensors, first_line, read_torch, refuse_pointer
+from vac_ddp.schema import Count, FileName, Finite, Within, check, fault, mismatch, read_json, shown
 
 _PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _WEIGHTS = (
@@ -25,6 +22,103 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_WRAPPERS = 4  # dictionaries around a state dict
+
+Size = Annotated[int, Within(low=1, high=1 << 20)]
+Depth = Annotated[int, Within(low=1, high=1000)]
+Epsilon = Annotated[float, Within(low=0, high=1)]
+Three = tuple[Finite, Finite, Finite]
+Deviations = tuple[(Annotated[float, Within(low=1e-6, high=1e6)],) * 3]
+
+
+class Architecture(TypedDict):
+    """`architecture` in a best file: what a model says of itself, its mean and std."""
+
+    name: NotRequired[str]
+    mean: NotRequired[Three | None]
+    std: NotRequired[Deviations | None]
+    config: NotRequired[dict[str, Any]]
+    width: NotRequired[Size]
+    depth: NotRequired[Depth]
+    heads: NotRequired[Size]
+    mlp: NotRequired[Size]
+    patch: NotRequired[Size]
+    tubelet: NotRequired[Size]
+    eps: NotRequired[Epsilon]
+    head_eps: NotRequired[Epsilon]
+    pooling: NotRequired[Literal["mean", "first"]]
+    grids: NotRequired[list[tuple[Size, Size, Size]]]
+
+
+class SavedModel(TypedDict):
+    """The group `model` of the settings in a best file, as far as it describes the architecture."""
+
+    name: NotRequired[str]
+    weights: NotRequired[str | None]
+    backbone: NotRequired[str]
+    width: NotRequired[Size | None]
+    depth: NotRequired[Depth | None]
+    heads: NotRequired[Size | None]
+    mlp_ratio: NotRequired[Annotated[float, Within(low=0, high=1000)] | None]
+    patch: NotRequired[Size | None]
+    pooling: NotRequired[Literal["mean", "attention", "transformer"]]
+    smif: NotRequired[bool]
+    lmi: NotRequired[bool]
+    mean: NotRequired[Three | None]
+    std: NotRequired[Deviations | None]
+
+
+class SavedSettings(TypedDict):
+    """The settings in a best file: those that are read without building a `Config`."""
+
+    model: NotRequired[SavedModel]
+    clip: NotRequired[dict[str, Any]]
+
+
+class Best(TypedDict):
+    """The content of best_<model>.pt."""
+
+    model: dict[str, Any]
+    classes: list[str]
+    config: SavedSettings
+    metrics: NotRequired[dict[str, float | None] | None]
+    architecture: NotRequired[Architecture | None]
+    class_counts: NotRequired[list[Count] | None]
+
+
+class HubConfig(TypedDict):
+    """What is read of a config.json from the hub."""
+
+    model_type: NotRequired[str]
+    architectures: NotRequired[list[str] | None]
+    architecture: NotRequired[str]
+    pretrained_cfg: NotRequired[dict[str, Any]]
+    num_frames: NotRequired[Size]
+    image_size: NotRequired[Size | tuple[Size, Size]]
+    num_attention_heads: NotRequired[Size]
+    num_hidden_layers: NotRequired[Depth]
+    hidden_size: NotRequired[Size]
+    layer_norm_eps: NotRequired[Epsilon]
+    id2label: NotRequired[dict[str, str] | None]
+    qv_bias: NotRequired[bool]
+    qkv_bias: NotRequired[bool]
+
+
+class Processor(TypedDict):
+    """What is read of a preprocessor_config.json, and of the parts that processor_config.json has."""
+
+    image_mean: NotRequired[Any]  # see `normalisation_of`
+    image_std: NotRequired[Any]
+    size: NotRequired[int | dict[str, Any] | None]
+    crop_size: NotRequired[int | dict[str, Any] | None]
+    video_processor: NotRequired[Processor]
+    image_processor: NotRequired[Processor]
+
+
+class ShardIndex(TypedDict):
+    """An index of weights in several files beside it."""
+
+    weight_map: dict[str, FileName]
 
 
 @dataclass(kw_only=True)
@@ -110,8 +204,8 @@ def _from_directory(asked: str, folder: Path) -> Source:
         sha256=sha256,
         state=state,
         other=other,
-        hf_config=_read_object(folder / "config.json"),
-        processor=None if processor is None else _read_object(processor),
+        hf_config=_read_object(folder / "config.json", HubConfig),
+        processor=None if processor is None else _read_object(processor, Processor),
     )
 
 
@@ -128,62 +222,22 @@ def _from_file(asked: str, path: Path) -> Source:
     source = Source(asked=asked, kind="checkpoint", path=path, sha256=files.sha256(path), state=state, other=other)
     if isinstance(content.get("args"), argparse.Namespace):
         source.arguments = vars(content["args"])
-    if isinstance(content.get("classes"), list) and isinstance(content.get("config"), dict):
+    if "classes" in content and "config" in content:
+        check(content, Best, file=path, remedy="give another best_<model>.pt, or save its bare state dict to load that")
+        if not content["classes"] or len(set(content["classes"])) < len(content["classes"]):
+            raise mismatch(path, "classes", "different class names", shown(content["classes"]), REMEDY)
         source.kind = "checkpoint of vac_ddp"
-        source.classes, source.config = [str(name) for name in content["classes"]], content["config"]
+        source.classes, source.config = list(content["classes"]), content["config"]
         source.architecture, source.metrics = content.get("architecture"), content.get("metrics")
         source.class_counts = content.get("class_counts")
     return source
 
 
-def read_torch(path: Path) -> dict[str, Any]:
-    """The dictionary in a PyTorch file, read with weights_only: a file with code in it is a UserError, never run."""
-    _refuse_pointer(path)
-    try:
-        # Official checkpoints carry their arguments as a Namespace: attributes, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} holds a Python object ({found[1]}) beside tensors; loading it would run code from the file, "
-                "so it is not done: where you trust the file, save its bare state dict and load that"
-            ) from None
-        reason = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
-        said = (
-            reason[1]
-            if reason
-            else "not what torch.save writes"
-            if isinstance(error, pickle.UnpicklingError)
-            else _first_line(error)
-        )
-        raise UserError(
-            f"{path} is damaged or no PyTorch file ({said.split('. ')[0]}): fetch or copy it again"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
-
-
-def _refuse_pointer(path: Path) -> None:
-    """A git clone without LFS leaves text files that name the weights."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(40)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` there, or use `hf download`")
-
-
-def _tensors_of(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors_of(content: dict[str, Any], path: Path, depth: int = 0) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict inside its wrappers, and the names of entries that are no tensors."""
     for wrapper in ("model", "module", "state_dict", "model_state_dict"):
-        if isinstance(content.get(wrapper), dict):
-            return _tensors_of(content[wrapper], path)
+        if isinstance(content.get(wrapper), dict) and depth < _WRAPPERS:
+            return _tensors_of(content[wrapper], path, depth + 1)
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors, only {', '.join(map(str, list(content)[:6])) or 'nothing'}")
@@ -194,22 +248,22 @@ def _read_bare(path: Path) -> tuple[dict[str, Tensor], str, list[str]]:
     if path.suffix != ".safetensors":
         state, other = _tensors_of(read_torch(path), path)
         return state, files.sha256(path), other
-    _refuse_pointer(path)
+    refuse_pointer(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path), files.sha256(path), []
+        state = load_file(path)
+        check_tensors(state, path)
+        return state, files.sha256(path), []
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged or no safetensors file ({_first_line(error)}): fetch or copy it again"
+            f"{path} is damaged or no safetensors file ({first_line(error)}): fetch or copy it again"
         ) from None
 
 
 def _read_sharded(index: Path) -> tuple[dict[str, Tensor], str, list[str]]:
-    places = _read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
-        raise UserError(f"{index} has no usable weight_map")
+    places = _read_object(index, ShardIndex)["weight_map"]
     state: dict[str, Tensor] = {}
     other: list[str] = []
     digest = hashlib.sha256()
@@ -223,14 +277,28 @@ def _read_sharded(index: Path) -> tuple[dict[str, Tensor], str, list[str]]:
     return state, digest.hexdigest(), other
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, kind: Any) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): fetch or copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object")
-    return value
+        return read_json(path, kind, remedy=REMEDY)
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def normalisation_of(source: Source | None) -> tuple[Any, Any]:
+    """(mean, std) of the pre-processing beside the weights, None twice where it does not say both.
+
+    UserError where they are not three numbers each.
+    """
+    said = (source.processor if source else None) or {}
+    said = said.get("video_processor") or said.get("image_processor") or said
+    mean, std = said.get("image_mean"), said.get("image_std")
+    if source is None or mean is None or std is None:
+        return None, None
+    for values, kind in ((mean, Three), (std, Deviations)):
+        if problem := fault(values, kind):
+            raise UserError(f"{source.path}: mean/std {mean} / {std} are not three numbers each ({problem}): "
+                            "correct the preprocessor's JSON beside it")  # fmt: skip
+    return tuple(mean), tuple(std)
 
 
 def _from_hub(hub_id: str, revision: str | None) -> Source:
@@ -256,7 +324,7 @@ def _from_hub(hub_id: str, revision: str | None) -> Source:
             f"(or it is private: `hf auth login`): check the name; {remedy}"
         ) from None
     except Exception as error:  # offline in one of many ways: what is in the cache will do
-        cause = _first_line(error)
+        cause = first_line(error)
 
     def fetch(name: str) -> Path | None:
         if listed is not None and name not in listed:
@@ -270,14 +338,14 @@ def _from_hub(hub_id: str, revision: str | None) -> Source:
         config = fetch("config.json")
         weights = next((path for name in _WEIGHTS if (path := fetch(name))), None)
         if weights is not None and weights.suffix == ".json":
-            for name in sorted(set(_read_object(weights).get("weight_map", {}).values())):
+            for name in sorted(set(_read_object(weights, ShardIndex)["weight_map"].values())):
                 fetch(name)
         for name in _PROCESSORS:
             fetch(name)
     except Exception as error:  # a download can fail in many ways, and all of them are the user's to know
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.weights={hub_id} cannot be downloaded ({_first_line(error)}); {remedy}") from None
+        raise UserError(f"model.weights={hub_id} cannot be downloaded ({first_line(error)}); {remedy}") from None
     if config is None or weights is None:
         if listed is not None:
             raise UserError(
@@ -290,8 +358,3 @@ def _from_hub(hub_id: str, revision: str | None) -> Source:
     source = _from_directory(hub_id, config.parent)
     source.kind = f"Hugging Face hub, revision {config.parent.name[:12]}"
     return source
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:200]

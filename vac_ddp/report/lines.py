@@ -1,8 +1,88 @@
-"""Files that grow line by line, also on a disk that is full for a while."""
+"""Files that grow line by line, also on a disk that is full for a while; and metrics.jsonl read back."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from vac_ddp.errors import UserError
+from vac_ddp.schema import Count, fault, json_lines, parse_json
+
+METRICS = "metrics.jsonl"
+
+
+Figure = NotRequired[float | None]  # null: it was not finite
+
+
+class MetricsLine(TypedDict):
+    """A line of metrics.jsonl: what is read of it."""
+
+    kind: str
+    step: Count
+    epoch: NotRequired[Count]
+    lr: Figure
+    loss: Figure
+    accuracy: Figure
+    grad_norm: Figure
+    train_loss: Figure
+    train_accuracy: Figure
+    val_top1: Figure
+    val_loss: Figure
+    clips_per_s: Figure
+    data_wait: Figure
+    mfu: Figure
+    memory_gib: Figure
+    # seconds, in the lines of the kind "speed"
+    training: Figure
+    wait: Figure
+    prepare: Figure
+    forward: Figure
+    backward: Figure
+    optimizer: Figure
+    validation: Figure
+    saving: Figure
+
+
+class EpochLine(MetricsLine):
+    """A line of the kind "epoch"."""
+
+    epoch: Count
+
+
+def read_metrics(run: Path) -> list[MetricsLine]:
+    """The lines of a run's metrics.jsonl; FileNotFoundError without one, UserError for a line that is damaged.
+
+    A last line that a crash cut off is left out.
+    """
+    path = run / METRICS
+    found = []
+    for number, text in json_lines(path):
+        line, problem = metrics_line(text)
+        if line is None:
+            raise UserError(
+                f"{path} line {number}: {problem}; delete that line, or resume the run, which moves it to "
+                "metrics.discarded.jsonl"
+            )
+        found.append(line)
+    return found
+
+
+def metrics_line(text: str) -> tuple[MetricsLine | None, str]:
+    """A line of metrics.jsonl and "", or None and what is wrong with it."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        return None, f"expected JSON, found {error}"
+    problem = fault(value, MetricsLine)
+    if not problem and value["kind"] == "epoch":
+        problem = fault(value, EpochLine)
+    return (None, problem) if problem else (value, "")
+
+
+def number(figure: float | None) -> float:
+    """A figure of a line as a number; NaN for one that was not finite."""
+    return math.nan if figure is None else figure
 
 
 class Lines:

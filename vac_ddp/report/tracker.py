@@ -9,20 +9,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from vac_ddp.files import read_json, read_json_lines, write_json, write_text
+from vac_ddp.errors import UserError
+from vac_ddp.files import write_json, write_text
 from vac_ddp.report import services
-from vac_ddp.report.lines import Lines
+from vac_ddp.report.lines import Lines, metrics_line, read_metrics
 from vac_ddp.report.terminal import fitted, start_bar
+from vac_ddp.schema import Count, json_lines, read_json
 from vac_ddp.settings import LogSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 COMPLETE = "wandb/complete.json"
+
+
+class Complete(TypedDict):
+    """wandb/complete.json: how many lines of metrics.jsonl the W&B run of this id has for sure."""
+
+    id: str
+    lines: Count
 
 
 class Tracker:
@@ -96,11 +105,14 @@ class Tracker:
         path = self.folder / "metrics.jsonl"
         self._metrics.close()
         kept, behind = [], []
-        for line in read_json_lines(path):
-            (kept if line["step"] <= step else behind).append(json.dumps(line, ensure_ascii=False) + "\n")
+        for number, text in json_lines(path):
+            line, problem = metrics_line(text)
+            if line is None:
+                self.say(f"{path} line {number}: {problem}; moved to metrics.discarded.jsonl")
+            (kept if line is not None and line["step"] <= step else behind).append(text)
         if behind:
-            with (self.folder / "metrics.discarded.jsonl").open("a", encoding="utf-8") as stream:
-                stream.writelines(behind)
+            with (self.folder / "metrics.discarded.jsonl").open("ab") as stream:
+                stream.write("".join(behind).encode("utf-8", "surrogateescape"))
                 stream.flush()
                 os.fsync(stream.fileno())
         write_text(path, "".join(kept))
@@ -167,9 +179,13 @@ class Tracker:
         The lines that it surely has are counted in wandb/complete.json when a run ends in good order.
         """
         assert self.folder is not None, "rank 0"
-        lines, told = list(read_json_lines(self.folder / "metrics.jsonl")), self.folder / COMPLETE
-        known = read_json(told) if told.exists() else {}
-        sure = min(len(lines), known["lines"]) if known.get("id") == self.wandb_id else 0
+        lines, told = read_metrics(self.folder), self.folder / COMPLETE
+        known = None
+        try:
+            known = read_json(told, Complete, remedy="all figures are sent again") if told.exists() else None
+        except UserError as error:
+            self.say(str(error))
+        sure = min(len(lines), known["lines"]) if known and known["id"] == self.wandb_id else 0
         write_json(told, {"id": self.wandb_id, "lines": sure})
         for line in lines[sure:]:
             row = _numbers(line["kind"], {k: v for k, v in line.items() if k not in ("kind", "step")})
@@ -210,7 +226,7 @@ class Tracker:
         if self._wandb is not None:
             self._to_wandb(lambda: self._wandb.finish(exit_code=status))
             if self._wandb is not None and self.folder is not None:
-                sent = sum(1 for _ in read_json_lines(self.folder / "metrics.jsonl"))
+                sent = sum(1 for _ in json_lines(self.folder / "metrics.jsonl"))
                 write_json(self.folder / COMPLETE, {"id": self.wandb_id, "lines": sent})
         if self._board is not None:
             self._board.close()

@@ -26,8 +26,9 @@ from vac_ddp.audio import SoundModel, SoundSettings
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.sampling import AUGMENT, FRAMES, ORDER, generator
 from vac_ddp.data.split import Split, make_split, read_split
+from vac_ddp.engine.run_dir import read_classes
 from vac_ddp.errors import Findings, UserError
-from vac_ddp.files import read_json, sha256, write_atomic
+from vac_ddp.files import sha256, write_atomic
 from vac_ddp.inference import evaluation, scoring
 from vac_ddp.inference.viewsfile import NAME as VIEWS
 from vac_ddp.inference.viewsfile import ViewsHead, read_views, write_views
@@ -122,7 +123,7 @@ def _usage(message: str) -> NoReturn:
 def _read_data(options: argparse.Namespace, config: Config) -> tuple[Index, Index, Split]:
     """Training and validation videos and their split: that of the run, or one of its own."""
     run = Path(options.run).expanduser() if options.run else None
-    classes = read_json(run / "classes.json") if run else None
+    classes = read_classes(run) if run else None
     index = open_index(options.data, labelled=True, settings=config.data, classes=classes)
     if index.packed is not None:
         raise UserError(f"{options.data} is a packed set, which holds no sound: give the folder it was made of")

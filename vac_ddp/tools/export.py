@@ -7,7 +7,6 @@ OUT is whole or absent. What Hugging Face's class cannot represent is refused wi
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import os
 import shutil
@@ -28,6 +27,7 @@ from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
 from vac_ddp.data.pack import is_pack, read_facts
 from vac_ddp.data.scan import looks_labelled
+from vac_ddp.data.split import split_rows
 from vac_ddp.errors import UserError
 from vac_ddp.models import file_state, load_model
 from vac_ddp.models.sources import Source, open_own
@@ -308,8 +308,7 @@ def _card(
     split = (run if run.is_dir() else source.path.parent) / "split.csv"
     parts: Counter[str] = Counter()
     if split.exists():
-        with split.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            parts.update(row["part"] for row in csv.DictReader(stream))
+        parts.update(part for *_, part in split_rows(split))
     versions = {"vac_ddp": __version__, "torch": torch.__version__}
     for name in ("transformers",) * hf + ("onnxruntime",) * onnx:
         versions[name] = __import__(name).__version__

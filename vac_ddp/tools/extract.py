@@ -20,7 +20,8 @@ from typing import Any
 
 from vac_ddp.data.video import SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import DONE, FINDINGS, UserError
-from vac_ddp.files import PARTIAL, flush_directory, read_json, write_json
+from vac_ddp.files import PARTIAL, flush_directory, write_json
+from vac_ddp.schema import read_json
 
 RECORD = ".extract.json"  # what OUT was extracted with
 FAULTS = ".faults.txt"  # in a folder of frames: what is wrong with its file
@@ -211,7 +212,7 @@ def _remember(out: Path, options: Options) -> None:
     """Note what `out` is extracted with; one folder never mixes two rates or sizes."""
     record = out / RECORD
     if record.exists():
-        before = read_json(record)
+        before = read_json(record, dict[str, Any], remedy="use another OUT")
         if before != asdict(options):
             now = _spell(asdict(options))
             raise UserError(f"{out} was extracted with {_spell(before)}, now it is {now}: use another OUT")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vac_ddp.errors import UserError
-from vac_ddp.files import read_json_lines, write_atomic
+from vac_ddp.files import write_atomic
 from vac_ddp.report import plots
+from vac_ddp.report.lines import MetricsLine, read_metrics
 
 ABOUT = "Draw loss, accuracy, learning rate and speed of several runs side by side."
 
@@ -44,12 +45,12 @@ def named(runs: list[str]) -> dict[str, str]:
     return {"/".join(path[-length:]): str(Path(*path)) for path in parts}
 
 
-def read_curves(run: Path) -> list[dict[str, Any]]:
+def read_curves(run: Path) -> list[MetricsLine]:
     """The lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} is no run directory: it has no metrics.jsonl")
-    lines = [line for line in read_json_lines(path) if line.get("kind") in ("train", "epoch")]
+    lines = [line for line in read_metrics(run) if line["kind"] in ("train", "epoch")]
     if not lines:
         raise UserError(f"{path} has no figures yet: wait for the first {run.name} writes, or leave it out")
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import math
 import sys
@@ -16,12 +15,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from vac_ddp import __version__
+from vac_ddp.data.split import split_rows
+from vac_ddp.engine.run_dir import read_classes
 from vac_ddp.errors import Findings, UserError
-from vac_ddp.files import read_json, read_json_lines, sha256, write_text
+from vac_ddp.files import sha256, write_text
 from vac_ddp.inference import evaluation, scoring
 from vac_ddp.inference.viewsfile import NAME, Views, read_views
 from vac_ddp.metrics import log_softmax
 from vac_ddp.report import html
+from vac_ddp.report.lines import METRICS, read_metrics
+from vac_ddp.schema import read_json
 
 if TYPE_CHECKING:
     from vac_ddp.data.index import Index
@@ -32,6 +35,7 @@ PAIRS, EXAMPLES, MISTAKES = 6, 2, 6
 NAMED = 5
 
 Strip = Callable[[str], bytes | None]
+LoadFacts = dict[str, bool | float | str | list[str] | list[float] | None]  # load_report.json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,11 +104,8 @@ def _views(run: Path, given: str | None, *, predict: bool) -> tuple[Views | None
 
 def _split(run: Path) -> list[list[str]]:
     """Rows video, class, source, part of split.csv; none where there is no such file."""
-    try:
-        data = (run / "split.csv").read_bytes().decode("utf-8", "surrogateescape")
-    except OSError:
-        return []
-    return [row for row in list(csv.reader(io.StringIO(data, newline="")))[1:] if len(row) == 4]
+    path = run / "split.csv"
+    return [list(row) for row in split_rows(path)] if path.exists() else []
 
 
 def _frame_strips(run: Path) -> Strip:
@@ -114,7 +115,7 @@ def _frame_strips(run: Path) -> Strip:
 
     try:
         config = settings_io.read_yaml(run / "config.yaml")
-        classes = read_json(run / "classes.json") if config.data.val else None
+        classes = read_classes(run) if config.data.val else None
         index = open_index(config.data.val or config.data.train, labelled=True, settings=config.data, classes=classes)
     except (UserError, OSError, ValueError) as error:
         print(f"no frames in the report: {error}", file=sys.stderr)
@@ -173,9 +174,9 @@ def make_strip(frames: Sequence[bytes]) -> bytes | None:
 
 def gather(run: Path, views: Views | None, strip: Strip, *, note: str = "") -> html.Facts:
     """What a run directory says, ready to be shown."""
-    lines = list(read_json_lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else []
+    lines = read_metrics(run) if (run / METRICS).exists() else []
     rows = _split(run)
-    classes = read_json(run / "classes.json") if (run / "classes.json").exists() else []
+    classes = read_classes(run) if (run / "classes.json").exists() else []
     counts = {part: Counter(row[1] for row in rows if row[3] == part) for part in ("train", "val")}
     steps = [line for line in lines if line.get("kind") == "train"]
     return html.Facts(
@@ -192,7 +193,7 @@ def gather(run: Path, views: Views | None, strip: Strip, *, note: str = "") -> h
         audit=audit_lines(rows),
         load=_load_lines(run),
         speed=speed_lines(steps, [line for line in lines if line.get("kind") == "speed"]),
-        settings=(run / "config.yaml").read_text(encoding="utf-8"),
+        settings=(run / "config.yaml").read_text(encoding="utf-8", errors="backslashreplace"),
         validation=None if views is None else validation_of(views, strip),
         note=note,
     )
@@ -226,7 +227,7 @@ def audit_lines(rows: Sequence[Sequence[str]]) -> list[str]:
 def _load_lines(run: Path) -> list[str]:
     if not (run / "load_report.json").exists():
         return []
-    report = read_json(run / "load_report.json")
+    report = read_json(run / "load_report.json", LoadFacts, remedy="remove it: the report goes without")
     shown = []
     for name, value in report.items():
         if value in (None, "", [], 0):

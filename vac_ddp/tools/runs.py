@@ -9,20 +9,27 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from vac_ddp import config as settings_io
-from vac_ddp import files
 from vac_ddp.engine import discarded
 from vac_ddp.engine.lock import is_held
 from vac_ddp.engine.run_dir import flat
 from vac_ddp.errors import UserError
+from vac_ddp.report.lines import MetricsLine, number, read_metrics
+from vac_ddp.schema import Count, read_json
 
 ABOUT = "List the runs below a folder: state, step, best validation figures, and the settings in which they differ."
 # Where a run lives and how it is watched makes no other result.
 LEFT_OUT = ("run.", "log.", "data.cache", "data.workers", "data.prefetch", "data.rescan", "health.", "checkpoint.")
 DEEP = 4  # folders below DIR that are looked into
 NEVER = "-"
+
+
+class Length(TypedDict):
+    """What is read of a checkpoint's companion."""
+
+    total_steps: Count
 
 
 @dataclass(kw_only=True)
@@ -83,7 +90,7 @@ def _left_out(folder: Path) -> bool:
 def read_run(path: Path, name: str) -> Run:
     """What a run directory says about itself."""
     metrics = path / "metrics.jsonl"
-    lines = list(files.read_json_lines(metrics)) if metrics.exists() else []
+    lines = read_metrics(path) if metrics.exists() else []
     scored = [line for line in lines if line.get("val_top1") is not None]
     best = max(scored, key=lambda line: line["val_top1"]) if scored else None
     step = max((line["step"] for line in lines), default=0)
@@ -94,7 +101,7 @@ def read_run(path: Path, name: str) -> Run:
         step=step,
         steps=steps,
         changed=(metrics if metrics.exists() else path / "log.txt").stat().st_mtime,
-        best=None if best is None else (best["val_top1"], best["val_loss"], best["epoch"]),
+        best=None if best is None else (best["val_top1"], number(best.get("val_loss")), best.get("epoch", 0)),
         settings=flat(settings_io.to_dict(settings_io.read_yaml(path / "config.yaml"))),
     )
 
@@ -103,13 +110,13 @@ def _total_steps(path: Path) -> int | None:
     """Steps of the whole run, as its newest checkpoint says."""
     for facts in sorted((path / "checkpoints").glob("step-*.json"), reverse=True):
         try:
-            return int(files.read_json(facts)["total_steps"])
-        except (OSError, ValueError, KeyError):
+            return read_json(facts, Length, remedy="it is left out")["total_steps"]
+        except (UserError, OSError):
             continue
     return None
 
 
-def _state(path: Path, step: int, steps: int | None, lines: list[dict[str, Any]]) -> str:
+def _state(path: Path, step: int, steps: int | None, lines: list[MetricsLine]) -> str:
     """running, done, stopped (saved, to be resumed), or ended: it broke off, or the machine did."""
     if is_held(path):
         return "running"

@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from vac_ddp.errors import UserError
-from vac_ddp.files import PARTIAL, read_json, write_json, write_text
+from vac_ddp.files import PARTIAL, write_json, write_text
+from vac_ddp.schema import read_json
 
 EVENTS = ("move", "grow", "turn")
 ORDERS = ["_".join(order) for order in itertools.permutations(EVENTS)]
@@ -243,8 +244,8 @@ def write_dataset(out: Path, recipe: Recipe, *, workers: int) -> int:
 def is_made(out: Path, recipe: Recipe) -> bool:
     """Whether `out` holds this very data set."""
     try:
-        facts = read_json(out / FACTS)
-    except (OSError, ValueError):
+        facts = read_json(out / FACTS, dict[str, Any], remedy="use another OUT")
+    except (OSError, UserError):
         return False
     return all(facts.get(name) == value for name, value in asdict(recipe).items())
 

@@ -13,7 +13,8 @@ from typing import NoReturn
 from vac_ddp import config as settings_io
 from vac_ddp.engine.run_dir import flat
 from vac_ddp.errors import UserError
-from vac_ddp.files import read_json_lines, write_text
+from vac_ddp.files import write_text
+from vac_ddp.report.lines import number, read_metrics
 
 ABOUT = "A table of the best validation accuracy of several runs; folds and seeds of one setting as mean and deviation."
 REPEATED = ("seed", "data.fold")  # settings in which runs of one line may differ
@@ -34,11 +35,11 @@ def best_validation(run: Path) -> tuple[float, float]:
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run} is no run directory: it has no metrics.jsonl")
-    found = [line for line in read_json_lines(path) if line["kind"] == "epoch" and line.get("val_top1") is not None]
+    found = [line for line in read_metrics(run) if line["kind"] == "epoch" and line.get("val_top1") is not None]
     if not found:
         raise UserError(f"{run} has not been validated yet: leave it out, or let it train on")
     best = max(found, key=lambda line: line["val_top1"])
-    return best["val_top1"], best["val_loss"]
+    return best["val_top1"], number(best.get("val_loss"))
 
 
 def lines(runs: Sequence[Path]) -> list[Line]:
