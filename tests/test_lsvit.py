@@ -46,7 +46,10 @@ def timm_twin(model: LSViT) -> nn.Module:
     return twin
 
 
-def smif_by_loops(module: SMIF, clips: torch.Tensor, std: list[float], threshold: float) -> torch.Tensor:
+def smif_by_loops(
+    module: SMIF, clips: torch.Tensor, mean: list[float], std: list[float], threshold: float
+) -> torch.Tensor:
+    """Version 1 is the notebook's cell; version 2 was written after the text of the public code, pixel by pixel."""
     batch, frames, _, height, width = clips.shape
     weight, bias = module.fuse.weight.flatten(1).tolist(), module.fuse.bias.tolist()
     out = clips.clone()
@@ -58,15 +61,22 @@ def smif_by_loops(module: SMIF, clips: torch.Tensor, std: list[float], threshold
                     for c in range(3):
                         motion = 0.0
                         for k in (1, 2):
-                            ahead = float(clips[b, min(t + k, frames - 1), c, y, x])
-                            behind = float(clips[b, max(t - k, 0), c, y, x])
+                            first, last = (0, frames - 1) if module.version == 1 else (t, t)  # beyond the ends
+                            ahead = float(clips[b, t + k if t + k < frames else last, c, y, x])
+                            behind = float(clips[b, t - k if t >= k else first, c, y, x])
                             here = float(clips[b, t, c, y, x])
                             motion += abs(ahead - here) + abs(here - behind)
                         motion *= std[c] / 0.5
+                        motion /= 1 if module.version == 1 else 2
                         values.append(motion if motion > threshold else 0.0)
                     for c in range(3):
                         fused = bias[c] + sum(w * v for w, v in zip(weight[c], values, strict=True))
-                        out[b, t, c, y, x] += module.gate.item() * fused
+                        if module.version == 1:
+                            out[b, t, c, y, x] += module.gate.item() * fused
+                            continue
+                        pixel = (float(clips[b, t, c, y, x]) + math.tanh(module.gate.item()) * fused) * std[c] + mean[c]
+                        signed = min(1.0, max(-1.0, (pixel - 0.5) / 0.5))
+                        out[b, t, c, y, x] = (signed * 0.5 + 0.5 - mean[c]) / std[c]
     return out
 
 
@@ -83,26 +93,43 @@ def lmi_by_loops(module: LMI, tokens: torch.Tensor) -> torch.Tensor:
         for t in range(frames):
             motion = []
             for other in (t + 1, t - 1):
+                at = t
+                if module.version == 2 and frames > 1:  # beyond the ends the neighbouring difference is repeated
+                    at = min(max(t, t - other), frames - 1 - max(0, other - t))
+                    other = at + other - t
                 for c in range(len(narrow[0][0])):
                     total = 0.0
                     if 0 <= other < frames:
-                        total = sum(abs(narrow[other][n][c] - narrow[t][n][c]) for n in range(count))
+                        total = sum(abs(narrow[other][n][c] - narrow[at][n][c]) for n in range(count))
                     motion.append(total / count)
+            if module.version == 2:
+                middle = sum(motion) / len(motion)
+                spread = math.sqrt(sum((v - middle) ** 2 for v in motion) / len(motion) + 1e-5)
+                scale, shift = module.norm.weight.tolist(), module.norm.bias.tolist()
+                motion = [(v - middle) / spread * w + b for v, w, b in zip(motion, scale, shift, strict=True)]
             hidden = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in linear(module.fc1, motion)]
             gate = linear(module.expand, [1 / (1 + math.exp(-v)) for v in linear(module.fc2, hidden)])
             for n in range(count):
+                factor = module.factor.item() if module.version == 1 else math.tanh(module.factor.item())
                 for c, g in enumerate(gate):
-                    out[b, t, n, c] += module.factor.item() * float(tokens[b, t, n, c]) * g
+                    out[b, t, n, c] += factor * float(tokens[b, t, n, c]) * g
     return out
 
 
-@pytest.mark.parametrize("std", [[0.5, 0.5, 0.5], [0.229, 0.224, 0.225]])
-def test_smif_equals_loops(std):
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+)
+@pytest.mark.parametrize("scale", [0.03, 2.0])  # about half of the sums below the threshold; pixels beyond white
+@pytest.mark.parametrize("frames", [1, 2, 6])
+def test_smif_equals_loops(version, mean, std, scale, frames):
     torch.manual_seed(0)
-    module = SMIF(std).double()
-    clips = torch.randn(2, 6, 3, 3, 2, dtype=torch.float64) * 0.03  # about half of the sums are below the threshold
-    expected = smif_by_loops(module, clips, std, 0.05)
-    torch.testing.assert_close(module(clips), expected, rtol=1e-6, atol=1e-7)
+    module = SMIF(mean, std, version=version).double()
+    clips = torch.randn(2, frames, 3, 3, 2, dtype=torch.float64) * scale
+    expected = smif_by_loops(module, clips, mean, std, 0.05)
+    torch.testing.assert_close(module(clips), expected, rtol=1e-6, atol=1e-6)
+    if version == 2 and scale == 2.0:
+        assert (module(clips) == module.white).any()
 
 
 def test_smif_threshold_is_in_units_from_minus_one_to_one():
@@ -110,7 +137,7 @@ def test_smif_threshold_is_in_units_from_minus_one_to_one():
     grey[:, 2] += 0.02  # from black 0 to white 1; four |differences| of 0.02 at frame 2: 0.16 in units of [-1, 1]
     for mean, std, quiet in ((0.5, 0.5, False), (0.45, 0.225, False), (0.5, 0.5, True)):
         clips = ((grey if not quiet else 0.4 + (grey - 0.4) * 0.25) - mean) / std
-        module = SMIF([std] * 3)
+        module = SMIF([mean] * 3, [std] * 3, version=1)
         with torch.no_grad():
             module.fuse.weight.zero_()
             module.fuse.bias.zero_()
@@ -120,18 +147,24 @@ def test_smif_threshold_is_in_units_from_minus_one_to_one():
         assert moved == pytest.approx(0.0 if quiet else 0.16, abs=1e-5)
 
 
-def test_lmi_equals_loops():
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_lmi_equals_loops(version, frames):
     torch.manual_seed(0)
-    module = LMI(8).double()
-    tokens = torch.randn(2, 4, 3, 8, dtype=torch.float64)
+    module = LMI(8, version=version).double()
+    with torch.no_grad():
+        for parameter in module.norm.parameters():
+            parameter.normal_()
+    tokens = torch.randn(2, frames, 3, 8, dtype=torch.float64)
     torch.testing.assert_close(module(tokens), lmi_by_loops(module, tokens), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_closed_gates_equal_timm_averaged_over_time_bit_for_bit(training):
-    model = build(smif=True, lmi=True).train(training)
+@pytest.mark.parametrize("version", [1, 2])
+def test_closed_gates_equal_timm_averaged_over_time_bit_for_bit(training, version):
+    model = build(smif=True, lmi=True, lsvit_version=version).train(training)
     twin = timm_twin(model).train(training)
-    clips = torch.randn(2, 4, 3, 16, 16)
+    clips = torch.rand(2, 4, 3, 16, 16) * 1.9 - 0.95  # version 2 clamps to the range of pixels
     with torch.no_grad():
         opened = model(clips)
         model.smif.gate.zero_()

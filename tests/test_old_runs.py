@@ -71,12 +71,14 @@ def test_old_interrupted_run_resumes_to_the_end_of_the_undisturbed_one(folder: P
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_old_finished_run_resumes_without_another_step(folder: Path) -> None:
-    before = (folder / "videomae" / "best_videomae.pt").read_bytes()
-    words = ["--config=settings.yaml", "model.name=videomae", "run.dir=videomae", "run.resume=auto"]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_finished_run_resumes_without_another_step(folder: Path, family: str) -> None:
+    best = folder / family / f"best_{family}.pt"
+    before = best.read_bytes()
+    words = ["--config=settings.yaml", f"model.name={family}", f"run.dir={family}", "run.resume=auto"]
     assert train.main(words) == 0
-    assert (folder / "videomae" / "best_videomae.pt").read_bytes() == before
-    assert [line["step"] for line in lines(folder, "videomae")] == list(range(1, 10))
+    assert best.read_bytes() == before
+    assert [line["step"] for line in lines(folder, family)] == list(range(1, 10))
 
 
 def lines(folder: Path, run: str) -> list[dict[str, object]]:

@@ -186,6 +186,8 @@ def _build(
     resumed = Resumed(
         state=run.state if run is not None else None, facts=facts, source=run.source if run is not None else None
     )
+    if facts is not None and "lsvit_version" not in facts["config"]["model"]:
+        config.model.lsvit_version = 1  # a run from before there was a second version resumes as what it is
     torch.manual_seed(config.seed)
     loaded = distributed.main_first(
         *2 * (lambda: load_model(config.model, config.clip, data.classes, seed=config.seed),)

@@ -118,6 +118,9 @@ class ModelSettings:
     head_init_scale: float = setting(0.001, "factor on the new classifier's initial weights")
     pooling: Literal["mean", "attention", "transformer"] = setting("mean", "frame_vit: aggregation over time")
     backbone: str = setting("vit_small_patch16_224", "frame_vit, lsvit: timm image model")
+    lsvit_version: int = setting(
+        2, "lsvit: 1 as in the starting notebook; 2 as in the public code it came from (runs without this setting: 1)"
+    )
     smif: bool = setting(True, "lsvit: short-term motion fusion on pixels")
     lmi: bool = setting(True, "lsvit: long-term motion integration after every block")
     mean: tuple[float, float, float] | None = setting(None, "pixel mean (0 to 1); default: as the weights were trained")

@@ -98,7 +98,18 @@ def _refuse_other_model(source: sources.Source, settings: ModelSettings) -> None
 
 
 # What a checkpoint's config says of its architecture; the rest (drop path, dropout...) is the new run's to choose.
-_OF_ARCHITECTURE = ("backbone", "width", "depth", "heads", "mlp_ratio", "patch", "pooling", "smif", "lmi")
+_OF_ARCHITECTURE = (
+    "backbone",
+    "width",
+    "depth",
+    "heads",
+    "mlp_ratio",
+    "patch",
+    "pooling",
+    "smif",
+    "lmi",
+    "lsvit_version",
+)
 
 
 def _load_own(
@@ -107,6 +118,7 @@ def _load_own(
     """A checkpoint of a model that keeps its own names: all of it fits, but perhaps the classifier."""
     saved, facts = (source.config or {}).get("model", {}), source.architecture or {}
     same = {name: saved[name] for name in _OF_ARCHITECTURE if name in saved}
+    same.setdefault("lsvit_version", 1)  # runs from before there was a second one
     mean, std = facts.get("mean") or saved.get("mean"), facts.get("std") or saved.get("std")
     settings = dataclasses.replace(settings, **same, weights=None, mean=settings.mean or mean, std=settings.std or std)
     loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture)

@@ -35,54 +35,80 @@ from vac_ddp.settings import ClipSettings, ModelSettings
 class SMIF(nn.Module):
     """Short-term motion, fused into the pixels: clip + gate * conv1x1([clip, motion]).
 
-    motion of frame t: the sum of |x[t+k] - x[t]| and |x[t] - x[t-k]| over k = 1 .. window // 2, a channel at a time;
-    frames before the first and after the last are those two. Sums up to `threshold` count as no motion.
+    motion of frame t: the sum of |x[t+k] - x[t]| and |x[t] - x[t-k]| over k = 1 .. window // 2, a channel at a time.
+    Sums up to `threshold` count as no motion. Version 1 (the starting notebook): frames before the first and after the
+    last are those two. Version 2 (github.com/buistung/LS-ViT-Action-Recog): a difference beyond the ends is 0, the sum
+    is divided by window // 2, the gate passes through tanh, and pixels are clamped to the range from black to white.
 
-    The threshold is in units of pixels from -1 to 1, what a mean and deviation of 0.5 make of an image: 0.05 is
-    0.025 of the range from black to white. Clips normalised otherwise are rescaled by `std` before the comparison.
+    Threshold and range are in units of pixels from -1 to 1, what a mean and std of 0.5 make of an image: 0.05 is 0.025
+    of the range from black to white. Clips normalized otherwise are compared in these units, by their `mean` and `std`.
     """
 
     def __init__(
-        self, std: Sequence[float] = (0.5, 0.5, 0.5), *, window: int = 5, threshold: float = 0.05, gate: float = 0.5
+        self,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        *,
+        version: int = 2,
+        window: int = 5,
+        threshold: float = 0.05,
+        gate: float = 0.5,
     ) -> None:
         super().__init__()
         if window < 3 or window % 2 == 0:
             raise ValueError(f"window={window}: an odd number of frames, at least 3")
-        self.reach, self.threshold = window // 2, threshold
+        self.version, self.reach, self.threshold = version, window // 2, threshold
         self.fuse = nn.Conv2d(6, 3, 1)
         self.gate = nn.Parameter(torch.tensor(gate))
-        units = torch.tensor([s / 0.5 for s in std]).view(3, 1, 1)
-        self.register_buffer("units", units, persistent=False)
+        mean_of, std_of = (torch.tensor(list(values)).view(3, 1, 1) for values in (mean, std))
+        self.register_buffer("units", std_of / 0.5, persistent=False)
+        self.register_buffer("black", (0 - mean_of) / std_of, persistent=False)
+        self.register_buffer("white", (1 - mean_of) / std_of, persistent=False)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """From clips (B, T, 3, H, W), normalised, to the same shape."""
-        frames, reach = clips.shape[1], self.reach
-        first, last = clips[:, :1].expand(-1, reach, -1, -1, -1), clips[:, -1:].expand(-1, reach, -1, -1, -1)
-        padded = torch.cat((first, clips, last), dim=1)
-        motion = torch.zeros_like(clips)
-        for k in range(1, reach + 1):
-            motion = motion + (padded[:, reach + k : reach + k + frames] - clips).abs()
-            motion = motion + (clips - padded[:, reach - k : reach - k + frames]).abs()
-        motion = motion * self.units
+        """From clips (B, T, 3, H, W), normalized, to the same shape."""
+        motion = self._motion(clips) * self.units
         motion = torch.where(motion > self.threshold, motion, torch.zeros_like(motion))
-        fused = self.fuse(torch.cat((clips, motion), dim=2).flatten(0, 1))
-        return clips + self.gate * fused.view_as(clips)
+        fused = self.fuse(torch.cat((clips, motion), dim=2).flatten(0, 1)).view_as(clips)
+        if self.version == 1:
+            return clips + self.gate * fused
+        return torch.clamp(clips + self.gate.tanh() * fused, self.black, self.white)
+
+    def _motion(self, clips: Tensor) -> Tensor:
+        frames, reach = clips.shape[1], self.reach
+        motion = torch.zeros_like(clips)
+        if self.version == 1:
+            first, last = clips[:, :1].expand(-1, reach, -1, -1, -1), clips[:, -1:].expand(-1, reach, -1, -1, -1)
+            padded = torch.cat((first, clips, last), dim=1)
+            for k in range(1, reach + 1):
+                motion = motion + (padded[:, reach + k : reach + k + frames] - clips).abs()
+                motion = motion + (clips - padded[:, reach - k : reach - k + frames]).abs()
+            return motion
+        for k in range(1, min(reach, frames - 1) + 1):
+            change = (clips[:, k:] - clips[:, :-k]).abs()
+            motion = motion + F.pad(change, (0,) * 6 + (0, k)) + F.pad(change, (0,) * 6 + (k, 0))
+        return motion / reach
 
 
 class LMI(nn.Module):
     """Long-term motion, as a gate on the tokens of a frame: x + factor * x * gate.
 
-    gate (a frame and channel): tokens reduced to C / 4 channels; absolute differences to the next and to the
-    previous frame (0 beyond the ends), each averaged over the tokens; both side by side through a small MLP,
-    sigmoid, expanded to C. The two differences are not added up: their sum is the same for a clip and its
-    reverse, so that the direction of a motion could not be seen. The paper takes segments of a video; here they
-    are the frames of the clip, however these were sampled.
+    gate (per frame and channel): tokens reduced to C / 4 channels; absolute differences to the next and to the
+    previous frame, each averaged over the tokens; both side by side through a small MLP, sigmoid, expanded to C. The
+    paper takes segments of a video; here they are the frames of the clip, however these were sampled.
+    Version 1 (the starting notebook): differences beyond the ends are 0. Version 2 (buistung/LS-ViT-Action-Recog): they
+    repeat their neighbour, a LayerNorm comes before the MLP, and the factor passes through tanh.
+
+    Ours, in both versions: the two differences are not added up. Their sum is the same for a clip and its reverse, so
+    the direction of a motion could not be seen.
     """
 
-    def __init__(self, width: int, *, reduction: int = 4, factor: float = 0.1) -> None:
+    def __init__(self, width: int, *, version: int = 2, reduction: int = 4, factor: float = 0.1) -> None:
         super().__init__()
         narrow = max(1, width // reduction)
+        self.version = version
         self.reduce = nn.Linear(width, narrow)
+        self.norm = nn.LayerNorm(2 * narrow) if version > 1 else nn.Identity()
         self.fc1 = nn.Linear(2 * narrow, narrow)
         self.fc2 = nn.Linear(narrow, narrow)
         self.expand = nn.Linear(narrow, width)
@@ -92,9 +118,14 @@ class LMI(nn.Module):
         """From tokens (B, T, N, C) to the same shape."""
         narrow = self.reduce(tokens)
         change = (narrow[:, 1:] - narrow[:, :-1]).abs().mean(2)
-        motion = torch.cat((F.pad(change, (0, 0, 0, 1)), F.pad(change, (0, 0, 1, 0))), dim=2)
-        gate = self.expand(torch.sigmoid(self.fc2(F.gelu(self.fc1(motion)))))
-        return (tokens + self.factor * tokens * gate[:, :, None]).to(tokens.dtype)
+        if self.version == 1 or tokens.shape[1] == 1:
+            motion = torch.cat((F.pad(change, (0, 0, 0, 1)), F.pad(change, (0, 0, 1, 0))), dim=2)
+        else:
+            ahead, behind = torch.cat((change, change[:, -1:]), dim=1), torch.cat((change[:, :1], change), dim=1)
+            motion = torch.cat((ahead, behind), dim=2)
+        gate = self.expand(torch.sigmoid(self.fc2(F.gelu(self.fc1(self.norm(motion))))))
+        factor = self.factor if self.version == 1 else self.factor.tanh()
+        return (tokens + factor * tokens * gate[:, :, None]).to(tokens.dtype)
 
 
 class LSViT(nn.Module):
@@ -109,6 +140,8 @@ class LSViT(nn.Module):
         backbone: nn.Module,
         num_classes: int,
         *,
+        version: int = 2,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
         smif: bool = True,
         lmi: bool = True,
@@ -119,9 +152,10 @@ class LSViT(nn.Module):
         super().__init__()
         blocks, width = len(backbone.blocks), backbone.embed_dim
         self.head_dropout, self.checkpointing = head_dropout, 0
-        self.smif = SMIF(std) if smif else None
+        self.version = version
+        self.smif = SMIF(mean, std, version=version) if smif else None
         self.backbone = backbone
-        self.lmi = nn.ModuleList(LMI(width) for _ in range(blocks)) if lmi else None
+        self.lmi = nn.ModuleList(LMI(width, version=version) for _ in range(blocks)) if lmi else None
         self.head = draw_head(width, num_classes, scale=head_init_scale)
         self.register_buffer("rates", drop_rates(drop_path, blocks if drop_path > 0 else 0), persistent=False)
         self._depths, self.num_depths = backbone_depths(backbone)
@@ -165,11 +199,13 @@ class LSViT(nn.Module):
 
     def architecture(self) -> dict[str, Any]:
         """What a checkpoint says of the model beside the settings, in plain types."""
-        return {"name": "lsvit"}
+        return {"name": "lsvit", "lsvit_version": self.version}
 
 
 def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int) -> Loaded:
     """LS-ViT over the timm ViT `settings.backbone` with settings.weights; all that is new is drawn from `seed`."""
+    if settings.lsvit_version not in (1, 2):
+        raise UserError(f"model.lsvit_version={settings.lsvit_version}: there are 1 and 2")
     with seeded(seed):
         backbone, report = create_backbone(settings, size=clip.size)
         if not is_plain_vit(backbone):
@@ -180,6 +216,8 @@ def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
         model = LSViT(
             backbone,
             num_classes,
+            version=settings.lsvit_version,
+            mean=report.mean,
             std=report.std,
             smif=settings.smif,
             lmi=settings.lmi,
@@ -187,5 +225,6 @@ def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
             head_dropout=settings.head_dropout,
             head_init_scale=settings.head_init_scale,
         )
-    parts = ["classifier", *(["SMIF"] if settings.smif else []), *(["LMI"] if settings.lmi else [])]
-    return finish(model, report, ", ".join(parts))
+    motion = ["SMIF"] * settings.smif + ["LMI"] * settings.lmi
+    versioned = [f"{part} (version {settings.lsvit_version})" for part in motion]
+    return finish(model, report, ", ".join(["classifier", *versioned]))
