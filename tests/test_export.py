@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vac_ddp.files import write_json
 from vac_ddp.models import file_state, load_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 from vac_ddp.tools import export as export_tool
-from vac_ddp.tools.export import compare, export, main, whole_directory, why_not_hf
+from vac_ddp.tools.export import compare, export, main, whole_directory
 
 CLASSES = ["brush_hair", "chew", "climb"]
 TINY = {"weights": None, "width": 16, "depth": 2, "heads": 2, "patch": 8, "head_init_scale": 50.0}
@@ -207,11 +208,44 @@ def test_interpolated_positions_are_refused_for_hugging_face(tmp_path):
     assert (tmp_path / "out" / "model.onnx").exists()
 
 
-def test_another_eps_of_the_head_is_refused_for_hugging_face():
-    model = load_model(ModelSettings(name="videomae", **TINY), CLIP, CLASSES, seed=0).model
-    assert why_not_hf(model) is None
-    model.arch = dataclasses.replace(model.arch, head_eps=1e-6)
-    assert "eps 1e-06" in (why_not_hf(model) or "")
+def test_a_run_that_began_from_an_official_file_is_exported_with_the_difference_of_eps(tmp_path):
+    from transformers import AutoModelForVideoClassification
+
+    from tests.test_videomae import official_logits, official_state
+
+    narrow = ModelSettings(name="videomae", **TINY)
+    donor = load_model(narrow, CLIP, CLASSES, seed=0).model
+    with torch.no_grad():
+        for parameter in donor.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        donor.blocks[-1].fc2.weight.mul_(0.01)  # a small variance before the classifier, where its eps counts
+        donor.patch_embed.weight.mul_(0.01)
+    arguments = argparse.Namespace(num_frames=4, input_size=16)
+    torch.save({"module": official_state(donor), "args": arguments}, tmp_path / "official.pth")
+    official = ModelSettings(name="videomae", weights=str(tmp_path / "official.pth"), heads=2)
+    run = make_run(tmp_path / "run", official)
+    lines = export(run, tmp_path / "out")
+    (said,) = [line for line in lines if "LayerNorm eps 1e-05" in line]
+
+    net = AutoModelForVideoClassification.from_pretrained(tmp_path / "out").eval()
+    assert net.config.layer_norm_eps == 1e-6
+    content = torch.load(run / "best_videomae.pt", weights_only=True)
+    model = load_model(ModelSettings(name="videomae", weights=str(run)), CLIP, CLASSES, seed=0).model.eval()
+    clips = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        state, video = official_state(model), clips.transpose(1, 2)
+        want = official_logits(state, video, heads=2, eps=1e-6, head_eps=1e-6)
+        theirs = official_logits(state, video, heads=2, eps=1e-6, head_eps=1e-5)
+        torch.testing.assert_close(model(clips), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(clips).logits, theirs, rtol=1e-4, atol=1e-5)
+        assert float(re.search(r"by up to (\S+)", said)[1]) == pytest.approx(
+            float((want - theirs).abs().max()), rel=0.1
+        )
+    in_memory = AutoModelForVideoClassification.from_config(net.config).eval()
+    in_memory.load_state_dict(content["model"])  # what the README says of best_videomae.pt: the same difference
+    with torch.no_grad():
+        assert torch.equal(in_memory(clips).logits, net(clips).logits)
+    assert said in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["timesformer", "vivit", "vjepa2"])
