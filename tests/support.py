@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,14 @@ def shared(*parts: str) -> Path:
     path = root.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"extra test: no real material at {'/'.join(parts)} (set VAC_SHARED to a folder that has it)")
+    return path
+
+
+def ffmpeg_program() -> str:
+    """The path of the ffmpeg program, or a skip that says so."""
+    path = shutil.which("ffmpeg")
+    if path is None:
+        pytest.skip("no ffmpeg program to make and to check videos with (Debian: apt-get install ffmpeg)")
     return path
 
 

@@ -173,7 +173,8 @@ class Picture:
             self.size = max(1, round(width * shrink)), max(1, round(height * shrink))
             self.scaler = VideoReformatter()
         width, height = self.size
-        image = self.scaler.reformat(frame, width=width, height=height, format="rgb24", interpolation="AREA")
+        how = "AREA" if width * height < frame.width * frame.height else "BICUBIC"  # BICUBIC: as the ffmpeg program
+        image = self.scaler.reformat(frame, width=width, height=height, format="rgb24", interpolation=how)
         return np.ascontiguousarray(_oriented(image.to_ndarray(), frame))
 
 
