@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
 
+from tests.image_files import encode as encode
 from vac_ddp.data.frames import resize_crop
 
 
@@ -33,12 +32,6 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 def jpeg(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
     """`picture` as a JPEG."""
     return simplejpeg.encode_jpeg(picture(height, width, seed), quality=quality, colorsubsampling="420")
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

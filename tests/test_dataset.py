@@ -312,7 +312,7 @@ def test_a_damaged_frame_is_named_once_and_counted(workers: int) -> None:
     loader.close()
     assert sorted(lines) == [
         "damaged frame class/video0/0001.jpg: empty file",
-        "damaged frame class/video1/0002.jpg: not an image, or without a readable header",
+        "damaged frame class/video1/0002.jpg: not an image (JPEG, PNG, WebP, BMP, GIF), or without a readable header",
     ]
     assert loader.damaged == 2
 

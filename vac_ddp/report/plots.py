@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,18 +196,14 @@ def _style() -> Any:
 
 def _svg(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks: the tables have it
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
 def png(figure: Any) -> bytes:
     """A figure as PNG, at 120 dots an inch."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -216,6 +212,16 @@ def _number(value: Any) -> float:
 
 
 def _short(name: str, most: int = 32) -> str:
-    """A name on one line, without characters that matplotlib cannot draw."""
-    clean = "".join(c if c.isprintable() else " " for c in name)
+    """A name on one line; a box stands for a character that the font lacks (the tables beside the plot have it)."""
+    known = _characters()
+    clean = "".join(" " if not c.isprintable() else c if ord(c) in known else "\N{WHITE SQUARE}" for c in name)
     return clean if len(clean) <= most else clean[: most - 1] + "…"
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    with _style():
+        font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return frozenset(font.get_charmap())

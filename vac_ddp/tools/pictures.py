@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image
 
+from vac_ddp.data.decode import decode_frame
 from vac_ddp.data.index import Index
 from vac_ddp.inference import evaluation, scoring
 from vac_ddp.inference.viewsfile import Views
@@ -26,7 +25,7 @@ def show_pictures(tracker: Tracker, views: Views, index: Index, step: int) -> No
     scores = scoring.average_views(views.logits, method=scoring.method_for([views]))
     found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)
     matrix = plots.confusion(found.metrics.confusion, views.classes, "png")
-    tracker.picture("validation/confusion", Image.open(io.BytesIO(matrix)), step)
+    tracker.picture("validation/confusion", Image.fromarray(decode_frame(matrix)), step)
     shares = np.exp(log_softmax(scores))
     strip = strips_of(index)
     wanted = np.linspace(0, len(views.ids) - 1, min(SHOWN, len(views.ids))).round().astype(int)
@@ -35,4 +34,4 @@ def show_pictures(tracker: Tracker, views: Views, index: Index, step: int) -> No
         best, true = int(shares[video].argmax()), views.classes[views.labels[video]]
         caption = f"{views.ids[video]}: {views.classes[best]} {shares[video, best]:.2f}, is {true}"
         if data is not None:
-            tracker.picture(f"validation/example_{place + 1}", Image.open(io.BytesIO(data)), step, caption)
+            tracker.picture(f"validation/example_{place + 1}", Image.fromarray(decode_frame(data)), step, caption)

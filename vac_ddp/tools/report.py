@@ -149,14 +149,19 @@ def make_strip(frames: Sequence[bytes]) -> bytes | None:
     """Image files side by side, each `HEIGHT` pixels high, as one JPEG; what does not decode is left out."""
     from PIL import Image
 
+    from vac_ddp.data.decode import DamagedFrame, decode_frame
+
+    def enough(height: int, width: int) -> int:
+        return next((factor for factor in (8, 4, 2) if height // factor >= HEIGHT), 1)
+
     pictures = []
     for data in frames:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                width = max(1, min(4 * HEIGHT, round(image.width * HEIGHT / image.height)))
-                pictures.append(image.convert("RGB").resize((width, HEIGHT)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            image = Image.fromarray(decode_frame(data, factor=enough))
+        except DamagedFrame:
             continue
+        width = max(1, min(4 * HEIGHT, round(image.width * HEIGHT / image.height)))
+        pictures.append(image.resize((width, HEIGHT)))
     if not pictures:
         return None
     strip = Image.new("RGB", (sum(p.width + 2 for p in pictures) - 2, HEIGHT), "white")
