@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):
             stored_zip(path, remedy=REMEDY)
         # Official checkpoints carry their arguments as a Namespace: attributes, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
