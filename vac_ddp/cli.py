@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from vac_ddp import __version__, errors
+from vac_ddp.text import escape_output
 
 COMMANDS = {
     "init": ("vac_ddp.tools.init", "look at your frames and write settings that fit them"),
@@ -44,19 +45,23 @@ def usage() -> str:
 
 def run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Call a program and turn what it raises into an exit status and one line."""
+    escape_output()
     try:
         return program(argv) or 0
-    except (errors.UserError, errors.Findings, errors.Interrupted) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        else:
-            print(f"vac: {error}", file=sys.stderr)
-        return errors.exit_status(error)
     except KeyboardInterrupt:
         print("vac: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+    except Exception as caught:
+        error = errors.plain(caught)
+        if not isinstance(error, errors.UserError | errors.Findings | errors.Interrupted):
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        else:
+            print(f"vac: {error}", file=sys.stderr)
+        return errors.exit_status(error)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vac_ddp.errors import UserError
+from vac_ddp.errors import UserError, plain
 
 Result = TypeVar("Result")
 
@@ -190,6 +190,7 @@ def raise_together(error: BaseException | None) -> None:
 
     Call it at points that all ranks reach, so that none waits for one that is gone.
     """
+    error = None if error is None else plain(error)
     if not active():
         if error is not None:
             raise error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 DONE = 0
 FAILED = 1
 USER_ERROR = 2
@@ -23,6 +25,17 @@ class Interrupted(Exception):
     def __init__(self, message: str, *, step: int | None = None) -> None:
         super().__init__(message)
         self.step = step
+
+
+def plain(error: BaseException) -> BaseException:
+    """`error`, or the UserError that it stands for: a name that no file can have is the user's to change."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        name = str(error.filename)
+        shown = name if len(name) <= 120 else f"{name[:60]}...{name[-40:]}"
+        return UserError(f"{shown}: {(error.strerror or '').lower()} ({len(name)} characters): give another name")
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return UserError("a file name has a zero byte in it: give another name")
+    return error
 
 
 def exit_status(error: BaseException | None) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vac_ddp.text import encoded
+
 PARTIAL = ".partial"
 
 
@@ -45,8 +47,8 @@ def flush_directory(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically and with its line ends as they are."""
-    write_atomic(path, lambda stream: stream.write(text.encode("utf-8")))
+    """Write `text` as UTF-8, atomically and with its line ends as they are; see `text.encoded`."""
+    write_atomic(path, lambda stream: stream.write(encoded(text)))
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vac_ddp import distributed, errors, files
+from vac_ddp.text import escape_output
 
 WRAPPED = re.compile(r"^vac_ddp\.errors\.UserError: (.*)", re.MULTILINE | re.DOTALL)
 
@@ -27,6 +28,7 @@ def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[s
     line, on rank 0 or on the rank that failed first; a failure of ours keeps its traceback. With --debug nothing is
     caught.
     """
+    escape_output()
     if "--debug" in argv and not distributed.under_torchrun():
         program(argv)
         return errors.DONE
@@ -62,7 +64,7 @@ def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[s
 
 def _plain(error: BaseException) -> BaseException:
     """A user error as it was raised in a loader process, without the traceback that the loader put into its text."""
-    plain = error
+    plain = errors.plain(error)
     if isinstance(error, errors.UserError) and (inner := WRAPPED.search(str(error))):
         plain = errors.UserError(inner.group(1).strip())
     elif type(error).__name__ == "OutOfMemoryError":

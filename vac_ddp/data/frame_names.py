@@ -70,6 +70,12 @@ class Texts(Sequence[str]):
             yield data[start:end].decode("utf-8", "surrogateescape")
 
 
+def is_plain(texts: Texts) -> bool:
+    """Whether all texts are ASCII without control characters and backslashes: nothing to be escaped in them."""
+    blob = texts.blob
+    return not len(blob) or bool(blob.min() >= 0x20 and blob.max() < 0x7F and not (blob == ord("\\")).any())
+
+
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers starts[i] ... starts[i] + lengths[i] - 1 of all i, one after the other, (sum,) int64."""
     ends = np.cumsum(lengths, dtype=np.int64)

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from vac_ddp.data import scan as scanning
-from vac_ddp.data.frame_names import FrameNames, Texts
+from vac_ddp.data.frame_names import FrameNames, Texts, is_plain
 from vac_ddp.data.index_file import read_scan, write_scan
 from vac_ddp.data.pack import PackedFrames, is_pack, read_pack
 from vac_ddp.data.scan import Scan, scan_root, unchanged
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.settings import DataSettings
+from vac_ddp.text import escaped
 
 _NAMED = 5
 
@@ -40,13 +41,14 @@ class Index:
     damaged: int = 0  # damaged frames that the scan met: a lower bound
     base: str = ""
     packed: PackedFrames | None = None
+    paths: Texts | None = None  # (V,) names as they are on the disk, where `names` had to be escaped
 
     def __len__(self) -> int:
         return len(self.names)
 
     def frame_name(self, video: int, frame: int) -> str:
-        """The frame's file name behind the video's name: "class/video/0001.jpg"."""
-        return f"{self.names[video]}/{self.frames.name(video, frame)}"
+        """The frame's file name behind the video's name, as it is printed: "class/video/0001.jpg"."""
+        return f"{self.names[video]}/{escaped(self.frames.name(video, frame))}"
 
     def frame_bytes(self, video: int, frame: int) -> bytes:
         """The frame's file as it is on the disk. Raises OSError where it cannot be read."""
@@ -56,9 +58,13 @@ class Index:
         """A function that reads the file of a frame of `video`, as `frame_bytes` does, for many of its frames."""
         if self.packed is not None:
             return functools.partial(self.packed.read, video)
-        folder = os.path.join(self.base, self.names[video])
+        folder = self.folder(video)
         name = self.frames.namer(video)
         return lambda frame: _contents(f"{folder}/{name(frame)}")
+
+    def folder(self, video: int) -> str:
+        """The path of the video's folder of frames."""
+        return os.path.join(self.base, (self.names if self.paths is None else self.paths)[video])
 
     def take(self, videos: np.ndarray) -> Index:
         """The index of the videos of the numbers `videos` (n,) int64 only."""
@@ -74,6 +80,7 @@ class Index:
             damaged=self.damaged,
             base=self.base,
             packed=None if self.packed is None else self.packed.take(videos),
+            paths=None if self.paths is None else self.paths.take(videos),
         )
 
 
@@ -137,12 +144,14 @@ def open_as_it_is(
 
 
 def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Index:
-    """All videos of a scan as they are, bad ones included."""
+    """All videos of a scan as they are, bad ones included. Names and classes are printable from here on."""
+    names = found.names if is_plain(found.names) else Texts.of(map(escaped, found.names))
     return Index(
         root=root,
-        classes=found.classes,
+        classes=list(map(escaped, found.classes)),
         labels=found.labels,
-        names=found.names,
+        names=names,
+        paths=None if names is found.names else found.names,
         frames=found.frames,
         frame_counts=found.frames.counts,
         notes=[*found.notes, *_stray_notes(root, found)],
@@ -203,7 +212,7 @@ def _stray_notes(root: Path, found: Scan) -> list[str]:
     strays = found.strays
     notes = []
     if strays.stray:
-        some = ", ".join(strays.examples)
+        some = ", ".join(map(escaped, strays.examples))
         notes.append(f"{root}: {strays.stray} files or folders are no frames and were left alone ({some})")
     if strays.hidden:
         notes.append(f"{root}: {strays.hidden} hidden files or folders were left alone")
@@ -267,7 +276,7 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
 
 
 def _named(found: Scan, bad: np.ndarray) -> str:
-    some = ", ".join(f"{found.names[i]} ({scanning.STATES[found.states[i]]})" for i in bad[:_NAMED])
+    some = ", ".join(f"{escaped(found.names[i])} ({scanning.STATES[found.states[i]]})" for i in bad[:_NAMED])
     return some + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
 
 
@@ -276,9 +285,9 @@ def _whole_list(index: Index, found: Scan, bad: np.ndarray, settings: DataSettin
     if len(bad) <= _NAMED:
         return ""
     path = cache_path(index.root, labelled=True, settings=settings).with_suffix(".bad.txt")
-    lines = [f"{found.names[i]}\t{scanning.STATES[found.states[i]]}\n" for i in bad]
+    lines = [f"{escaped(found.names[i])}\t{scanning.STATES[found.states[i]]}\n" for i in bad]
     try:
-        write_text(path, "".join(lines).encode("utf-8", "replace").decode())
+        write_text(path, "".join(lines))
     except OSError:
         return ""
     return f" (all are listed in {path})"

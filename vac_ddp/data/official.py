@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from vac_ddp.errors import UserError
+from vac_ddp.text import printable
 
 UNUSED, TRAIN, TEST = 0, 1, 2  # as HMDB51 codes them
 
@@ -66,7 +67,7 @@ def _read_ucf101(path: Path, part: int, lists: OfficialLists) -> None:
 
 def _lines(path: Path) -> list[str]:
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [printable(line.strip()) for line in text.split("\n") if line.strip()]
 
 
 def _enter(lists: OfficialLists, name: str, part: int, class_name: str, path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from vac_ddp.data.video_list import read_table
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
+from vac_ddp.text import printable
 
 # FIELD-NOTES section 7: this parses 6766 of 6766 HMDB51 names
 _HMDB51 = re.compile(r"_[a-z]_(cm|nm)_np\d+_(fr|ba|le|ri)_(goo|med|bad)_\d+(\.avi)?$")
@@ -142,7 +143,7 @@ def _from_csv(names: Sequence[str], videos: Sequence[str], settings: DataSetting
     places = [names_of_columns.index(name) for name in ("video", "source")]
     told: dict[str, str] = {}
     for row in rows:
-        video, source = (row.fields[place].strip() if place < len(row.fields) else "" for place in places)
+        video, source = (printable(row.fields[place].strip()) if place < len(row.fields) else "" for place in places)
         if not video or not source:
             raise UserError(f"{path} line {row.line} has no video or no source")
         if told.setdefault(video, source) != source:

@@ -18,6 +18,7 @@ from vac_ddp.data.sources import find_sources
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.settings import DataSettings
+from vac_ddp.text import encoded, printable
 
 COLUMNS = ("video", "class", "source", "part")
 PARTS = ("train", "val", "unused")
@@ -156,7 +157,7 @@ def write_split(path: str | Path, index: Index, split: Split) -> None:
     labels = index.labels.tolist()
     for name, label, source, part in zip(index.names, labels, split.groups, parts, strict=True):
         writer.writerow((name, index.classes[label] if label >= 0 else "", source, part))
-    write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    write_atomic(path, lambda stream: stream.write(encoded(text.getvalue())))
 
 
 def read_split(path: str | Path, index: Index) -> Split:
@@ -202,7 +203,7 @@ def split_rows(path: Path) -> list[tuple[str, str, str, str]]:
                     f"{path} line {reader.line_num} is not video,class,source and one of {', '.join(PARTS)}: "
                     "restore the file, or begin a new run"
                 )
-            rows.append((row[0], *map(sys.intern, row[1:])))
+            rows.append((printable(row[0]), *(sys.intern(printable(cell)) for cell in row[1:])))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} cannot be read as CSV ({error}): restore it") from None
     return rows

@@ -16,6 +16,7 @@ from vac_ddp.engine.lock import RunLock
 from vac_ddp.engine.saved import check_content
 from vac_ddp.errors import UserError
 from vac_ddp.settings import RunSettings
+from vac_ddp.text import printable
 
 OURS = (
     "config.yaml",
@@ -302,7 +303,7 @@ def read_classes(folder: Path) -> list[str]:
     """The class names in classes.json of a run, in the order of the logits. UserError where they are damaged."""
     path = folder / "classes.json"
     try:
-        classes = schema.read_json(path, list[str], remedy=_OF_THE_BEST)
+        classes = [printable(name) for name in schema.read_json(path, list[str], remedy=_OF_THE_BEST)]
     except FileNotFoundError:
         raise UserError(f"{folder} is no run directory: it has no {path.name}") from None
     if not classes or len(set(classes)) < len(classes):

@@ -12,6 +12,7 @@ import numpy as np
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.metrics import log_softmax
+from vac_ddp.text import printable
 
 HEADER = ("id", "class")
 _CELL = re.compile(r'[ \t]*"(?:[^"]|"")*"[ \t]*|[^,\r\n]*')
@@ -283,7 +284,7 @@ def _by_stem(ids: Iterable[str]) -> dict[str, list[str]]:
 
 def _match(given: str, ids: Mapping[str, str], stems: dict[str, list[str]], where: str) -> str | None:
     """The id of the test video that the sample's `given` names, None if there is none."""
-    key = written_id(given)
+    key = written_id(printable(given))
     if key in ids:
         return key
     alike = stems.get(written_id(_stem(given)), [])

@@ -27,6 +27,7 @@ import numpy as np
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.schema import Array, Count, check, mismatch, parse_json, read_npz
+from vac_ddp.text import printable
 
 NAME = "views.npz"
 FORMAT = 1
@@ -117,7 +118,9 @@ def read_views(path: str | Path) -> Views:
         raise UserError(f"{path}: about: expected JSON, found {error}; {_REMEDY}") from None
     if about["format"] != FORMAT:
         raise UserError(f"{path} has views format {about['format']}, this version reads {FORMAT}")
-    classes = values["classes"].tolist()
+    classes, ids, sources = (
+        [printable(name) for name in values[part].tolist()] for part in ("classes", "ids", "sources")
+    )
     if values["labels"].size and values["labels"].max() >= len(classes):
         raise mismatch(path, "labels", f"numbers below {len(classes)}", str(values["labels"].max()), _REMEDY)
     for name in ("ids", "classes"):
@@ -125,11 +128,11 @@ def read_views(path: str | Path) -> Views:
             raise mismatch(path, name, "different names", "one twice", _REMEDY)
     return Views(
         logits=values["logits"],
-        ids=values["ids"].tolist(),
+        ids=ids,
         classes=classes,
         views=values["views"],
         labels=values["labels"],
-        sources=values["sources"].tolist(),
+        sources=sources,
         damaged=values["damaged"],
         failed=values["failed"],
         about=about,

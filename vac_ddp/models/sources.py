@@ -14,6 +14,7 @@ from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.models.torch_file import REMEDY, check_tensors, first_line, read_torch, refuse_pointer
 from vac_ddp.schema import Count, FileName, Finite, Within, check, fault, mismatch, read_json, shown
+from vac_ddp.text import printable
 
 _PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _WEIGHTS = (
@@ -227,7 +228,7 @@ def _from_file(asked: str, path: Path) -> Source:
         if not content["classes"] or len(set(content["classes"])) < len(content["classes"]):
             raise mismatch(path, "classes", "different class names", shown(content["classes"]), REMEDY)
         source.kind = "checkpoint of vac_ddp"
-        source.classes, source.config = list(content["classes"]), content["config"]
+        source.classes, source.config = [printable(name) for name in content["classes"]], content["config"]
         source.architecture, source.metrics = content.get("architecture"), content.get("metrics")
         source.class_counts = content.get("class_counts")
     return source

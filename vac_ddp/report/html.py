@@ -13,6 +13,7 @@ import numpy as np
 
 from vac_ddp.metrics import Metrics
 from vac_ddp.report import plots
+from vac_ddp.text import printable
 
 # Nothing may be fetched and nothing may run: what is not in the file is not in the report.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -144,7 +145,7 @@ def render(facts: Facts) -> str:
 
 def text(value: object) -> str:
     """`value` as text of a page, whatever characters it has."""
-    return html.escape(str(value).encode("utf-8", "replace").decode(), quote=True)
+    return html.escape("\n".join(map(printable, str(value).split("\n"))), quote=True)
 
 
 def picture(data: bytes, about: str) -> str:

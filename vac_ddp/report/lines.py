@@ -8,6 +8,7 @@ from typing import NotRequired, TypedDict
 
 from vac_ddp.errors import UserError
 from vac_ddp.schema import Count, fault, json_lines, parse_json
+from vac_ddp.text import encoded
 
 METRICS = "metrics.jsonl"
 
@@ -98,7 +99,7 @@ class Lines:
         """Append a line (without its end); nothing: try again what waits. Whether this made a new error."""
         before = self.error
         if line:
-            self._waiting += f"{line}\n".encode()
+            self._waiting += encoded(f"{line}\n")
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]  # a part of a line may fit

@@ -20,6 +20,7 @@ from vac_ddp.report.lines import Lines, metrics_line, read_metrics
 from vac_ddp.report.terminal import fitted, start_bar
 from vac_ddp.schema import Count, json_lines, read_json
 from vac_ddp.settings import LogSettings
+from vac_ddp.text import printable, printable_values
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -153,6 +154,7 @@ class Tracker:
         step: from which a resumed run goes on.
         """
         self.wandb_id = wandb_id
+        config, name = printable_values(config), printable(name)
         if self.folder is None:
             return
         if self.settings.tensorboard:

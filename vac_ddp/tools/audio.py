@@ -160,7 +160,7 @@ class Sounds:
     def __init__(self, index: Index) -> None:
         self.index = index
         self.damaged: list[str] = []
-        self.paths = [Path(index.base) / name / audio.NAME for name in index.names]
+        self.paths = [Path(index.folder(video)) / audio.NAME for video in range(len(index))]
         with ThreadPoolExecutor(16) as pool:
             self.lengths = np.array(list(pool.map(self._length, self.paths)), np.int64)
 
