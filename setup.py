@@ -27,7 +27,7 @@ setup(
         "transformers>=5.0",
         "timm",
         "safetensors",
-        "omegaconf>=2.4",  # 2.3 knows neither Literal nor unions
+        "pyyaml",
         "simplejpeg",
         "pillow",  # Pillow-SIMD takes its place by launch/install_simd.sh
         "numpy",

@@ -21,6 +21,7 @@ import torch
 
 from vac_ddp import config as settings_io
 from vac_ddp import distributed, prediction
+from vac_ddp.checks import check_prediction
 from vac_ddp.errors import UserError
 from vac_ddp.inference import scoring
 from vac_ddp.inference.forward import Scorer
@@ -99,6 +100,7 @@ def predict(
     config = copy.deepcopy(model.config)
     if views is not None:
         set_views(config, views)
+    check_prediction(config)
     scorer = copy.copy(model.scorer)
     scorer.flip = config.predict.views.flip
     with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch, contextlib.redirect_stdout(io.StringIO()):

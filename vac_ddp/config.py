@@ -7,46 +7,28 @@ behind the first `=` is read by the type of its setting, so that a text setting 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
+import functools
+import os
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vac_ddp.checks import check, expected, leaves, shown, type_name
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 
 PACKAGE = Path(__file__).resolve().parent
 PRESETS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, repository
 
-AT_LEAST_ONE = (
-    "clip.frames",
-    "clip.stride",
-    "clip.size",
-    "train.epochs",
-    "train.global_batch",
-    "train.val_every",
-    "augment.repeats",
-    "log.every_steps",
-    "checkpoint.keep",
-    "health.max_bad_steps",
-    "predict.save_every",
-    "data.prefetch",
-)
-
-SHARES = (
-    "data.val_fraction",
-    "augment.flip",
-    "augment.erase",
-    "augment.mix_probability",
-    "augment.mix_switch",
-    "data.max_damaged",
-    "train.label_smoothing",
-    "model.drop_path",
-    "model.head_dropout",
-)
+FILE_BYTES = 1 << 20  # of a settings file: what is larger was not written as one
+NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+CONTENT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1
 
 
 @dataclass(kw_only=True)
@@ -62,65 +44,42 @@ class CommandLine:
 # ---------------------------------------------------------------- names and types
 
 
-def leaves(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
-    """All settings by their dotted name, in the order of the dataclasses."""
-    found: dict[str, dataclasses.Field[Any]] = {}
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        annotation = hints[field.name]
-        if dataclasses.is_dataclass(annotation):
-            found.update(leaves(annotation, f"{prefix}{field.name}."))
-        else:
-            field.type = annotation
-            found[prefix + field.name] = field
-    return found
+def read_value(value: Any, annotation: Any) -> Any:
+    """The value of a setting of this type from text, or from what YAML, JSON or a checkpoint has in its place.
 
-
-def type_name(annotation: Any) -> str:
-    """A type as people write it: `int | null`, `error|skip`, `(float, float)`."""
+    Raises ValueError where it is none: also for a container or None where the type has no room for it.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is type(None):
-        return "null"
-    if origin is typing.Literal:
-        return "|".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(type_name, arguments))
-    if origin is tuple:
-        return f"({', '.join(map(type_name, arguments))})"
-    if origin is list:
-        return f"list of {type_name(arguments[0])}"
-    return {"str": "text", "bool": "true|false"}.get(annotation.__name__, annotation.__name__)
-
-
-def parse_text(text: str, annotation: Any) -> Any:
-    """The value that `text` means for a setting of this type. Raises ValueError where it means none."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        if text in arguments:
-            return text
-    elif origin in (typing.Union, types.UnionType):
-        if type(None) in arguments and text == "null":
+        if value is None and type(None) in arguments:
             return None
         for option in sorted((a for a in arguments if a is not type(None)), key=lambda a: a is str):
             try:
-                return parse_text(text, option)
+                return read_value(value, option)
             except ValueError:
                 continue
     elif origin in (list, tuple):
-        inner = text.strip().removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")")
-        words = [word.strip() for word in inner.split(",")] if inner.strip() else []
-        if origin is list:
-            return [parse_text(word, arguments[0]) for word in words]
-        if len(words) == len(arguments):
-            return tuple(parse_text(word, kind) for word, kind in zip(words, arguments, strict=True))
-    elif annotation is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-    elif annotation is str:
-        return text
-    else:
-        return annotation(text)
-    raise ValueError(text)
+        items = _split(value) if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and origin is list:
+            return [read_value(item, arguments[0]) for item in items]
+        if isinstance(items, list | tuple) and len(items) == len(arguments):
+            return tuple(read_value(item, kind) for item, kind in zip(items, arguments, strict=True))
+    elif isinstance(value, str | int | float):
+        text = str(value)
+        if origin is typing.Literal:
+            if text in arguments:
+                return text
+        elif annotation is bool:
+            if text.lower() in BOOLEANS:
+                return BOOLEANS[text.lower()]
+        else:
+            return annotation(text)
+    raise ValueError(shown(value))
+
+
+def _split(text: str) -> list[str]:
+    inner = text.strip().removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")")
+    return [word.strip() for word in inner.split(",")] if inner.strip() else []
 
 
 def unknown_setting(name: str) -> UserError:
@@ -129,10 +88,10 @@ def unknown_setting(name: str) -> UserError:
     groups = sorted({n.rsplit(".", 1)[0] for n in names if "." in n})
     if name in groups:
         return UserError(f"{name} is a group of settings: give one of them, as {name}.NAME=value (see --help)")
-    near = difflib.get_close_matches(name, names, 1, 0.5)
+    near = difflib.get_close_matches(name[:80], names, 1, 0.5)
     if not near:
         near = [n for n in names if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
-    return UserError(f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    return UserError(f"unknown setting {shown(name)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
 
 
 # ---------------------------------------------------------------- reading
@@ -141,75 +100,97 @@ def unknown_setting(name: str) -> UserError:
 def find_config(name: str) -> Path:
     """A YAML file by path, or a preset by name (with or without .yaml)."""
     for candidate in (Path(name), PRESETS / f"{Path(name).name.removesuffix('.yaml')}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             return candidate
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    raise UserError(f"no settings file {name}; presets: {', '.join(presets) or 'none found'}")
+    raise UserError(f"no settings file {shown(name)}; presets: {', '.join(presets) or 'none found'}")
 
 
 def read_yaml(path: Path, base: Config | None = None) -> Config:
-    """Settings from a YAML file, over the defaults (or over `base`)."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    r"""Settings from a YAML file, over the defaults (or over `base`). Text is taken as it is: nothing is interpolated.
 
-    base = base if base is not None else Config()
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(loaded):
+    `\${` stands for `${`, as in the files of vac_ddp 0.1, which were read with interpolation.
+    """
+    config = copy.deepcopy(base) if base is not None else Config()
+    loaded = _load_yaml(path)
+    if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no settings: expected lines as 'train:' and '  epochs: 20'")
-    _check_names(OmegaConf.to_container(loaded, resolve=False), str(path))
-    _one_rate(base, [f"optim.{name}" for name, rate in (loaded.get("optim") or {}).items() if rate is not None])
+    values = flatten(loaded, str(path))
+    _one_rate(config, [name for name, value in values.items() if value is not None])
+    for name, value in values.items():
+        _set(config, name, value.replace("\\${", "${") if isinstance(value, str) else value, where=f"{path}: ")
+    return config
+
+
+def _load_yaml(path: Path) -> Any:
+    """What a YAML file holds: mappings, lists, null, and every other value as text, which its setting's type reads."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Knows no other tags, and refuses a name that is given twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise yaml.constructor.ConstructorError(problem=f"{shown(min(twice))} is given twice")
+            return super().construct_mapping(node, deep)
+
+    Loader.yaml_implicit_resolvers = {
+        start: [(tag, form) for tag, form in known if tag in (NULL, MERGE)]
+        for start, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (NULL, *CONTENT, None)}
     try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), loaded))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
-    assert isinstance(merged, Config)
-    return merged
+        with path.open("rb") as stream:
+            content = stream.read(FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > FILE_BYTES:
+        raise UserError(f"{path} holds no settings: it is larger than {FILE_BYTES >> 20} MiB")
+    try:
+        return yaml.load(content, Loader)
+    except RecursionError:
+        raise UserError(f"{path} cannot be read as YAML: it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from error
 
 
-def _one_line(error: Any) -> str:
-    text = str(error).splitlines()[0]
-    name = getattr(error, "full_key", None)
-    field = leaves().get(name) if name else None
-    expected = f" (expected {type_name(field.type)})" if field is not None else ""
-    return f"{name}: {text}{expected}" if name else text
-
-
-def _check_names(node: Any, where: str, prefix: str = "") -> None:
-    names = leaves()
-    if not isinstance(node, dict):
-        raise UserError(f"{where}: {prefix.rstrip('.')} is a group of settings, not a value")
+def flatten(node: dict[Any, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """The values of nested groups by the settings' dotted names, unread; UserError where a name is none."""
+    values: dict[str, Any] = {}
     for key, value in node.items():
-        name = f"{prefix}{key}"
-        if name in names:
-            continue
-        if any(n.startswith(f"{name}.") for n in names):
-            if value is not None:
-                _check_names(value, where, f"{name}.")
-            continue
-        raise UserError(f"{where}: {unknown_setting(name)}")
+        name = f"{prefix}{'null' if key is None else key}"
+        if name in leaves():
+            values[name] = value
+        elif not any(known.startswith(f"{name}.") for known in leaves()):
+            raise UserError(f"{where}: {unknown_setting(name)}")
+        elif isinstance(value, dict):
+            values |= flatten(value, where, f"{name}.")
+        elif value is not None:
+            raise UserError(f"{where}: {name} is a group of settings, not a value")
+    return values
+
+
+def _set(config: Config, name: str, value: Any, *, where: str = "") -> None:
+    """Give a setting the value that text or a file has for it."""
+    field = leaves()[name]
+    try:
+        parsed = read_value(value, field.type)
+    except ValueError:
+        raise UserError(f"{where}{name}={shown(value)}: expected {expected(field)}") from None
+    *groups, last = name.split(".")
+    setattr(functools.reduce(getattr, groups, config), last, parsed)
 
 
 def override(config: Config, text: str) -> None:
     """Apply one `group.name=value` to `config`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"'{text}' is no setting: write group.name=value, or see --help")
-    field = leaves().get(name)
-    if field is None:
+        raise UserError(f"'{shown(text)}' is no setting: write group.name=value, or see --help")
+    if name not in leaves():
         raise unknown_setting(name)
-    try:
-        parsed = parse_text(value, field.type)
-    except ValueError:
-        raise UserError(f"{name}={value}: expected {type_name(field.type)}") from None
-    target: Any = config
-    *groups, last = name.split(".")
-    for group in groups:
-        target = getattr(target, group)
-    setattr(target, last, parsed)
+    optional = type(None) in typing.get_args(leaves()[name].type)
+    _set(config, name, None if value == "null" and optional else value)
 
 
 def parse(argv: list[str], *, program: str, about: str) -> CommandLine:
@@ -227,7 +208,7 @@ def parse(argv: list[str], *, program: str, about: str) -> CommandLine:
     for word in words:
         if word.startswith("-"):
             near = difflib.get_close_matches(word, ["--config", "--debug", "--print-config", "--help"], 1)
-            raise UserError(f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+            raise UserError(f"unknown flag {shown(word)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
     config, notes = Config(), []
     if flags.config:
         path = find_config(flags.config)
@@ -286,20 +267,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], *, where: str) -> Config:
-    """Settings from what `to_dict` made; what this version does not know is an error naming `where`."""
-    _check_names(values, where)
-    return _fill(Config, values)
-
-
-def _fill(kind: Any, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    made = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            made[name] = _fill(hints[name], value)
-        else:
-            made[name] = tuple(value) if isinstance(value, list) and "tuple" in str(hints[name]) else value
-    return kind(**made)
+    """Settings from what `to_dict` made; UserError, naming `where`, for what is none of them or of another type."""
+    config = Config()
+    for name, value in flatten(values, where).items():
+        _set(config, name, value, where=f"{where}: ")
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -307,7 +279,7 @@ def to_yaml(config: Config) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes text that begins like a number: OmegaConf reads 1e3 as one, PyYAML would not quote it."""
+        """Quotes text that begins like a number, so that other readers of YAML take it for text as well."""
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
         style = "'" if value[:1] in "+-.0123456789" else None
@@ -336,65 +308,9 @@ def help_text(program: str, about: str) -> str:
         if head != group:
             lines.append("")
             group = head
-        default = field.default if field.default is not dataclasses.MISSING else _default(name)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        lines.append(f"  {name}  <{type_name(field.type)}>  = {shown or chr(39) * 2}")
+        default = functools.reduce(getattr, name.split("."), Config())
+        text = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        bounds = f"  ({field.metadata['bounds']})" if field.metadata["bounds"] else ""
+        lines.append(f"  {name}  <{type_name(field.type)}>  = {text or chr(39) * 2}{bounds}")
         lines.append(f"      {field.metadata['help']}")
     return "\n".join(lines)
-
-
-def _default(name: str) -> Any:
-    value: Any = Config()
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-# ---------------------------------------------------------------- checking
-
-
-def check(config: Config) -> None:
-    """What single settings cannot say: ranges, and settings that exclude each other."""
-    c = config
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    for name in AT_LEAST_ONE:
-        group, last = name.split(".")
-        value = getattr(getattr(c, group), last)
-        need(value >= 1, f"{name}={value}: must be at least 1")
-    for name in SHARES:
-        group, last = name.split(".")
-        value = getattr(getattr(c, group), last)
-        need(0 <= value <= 1, f"{name}={value}: must lie between 0 and 1")
-    need(
-        (c.optim.lr is None) != (c.optim.base_lr is None),
-        "give exactly one of optim.lr (the peak as used) and optim.base_lr (per 256 clips); "
-        f"now optim.lr={c.optim.lr} and optim.base_lr={c.optim.base_lr}; the other one is set off by =null",
-    )
-    need(
-        c.train.global_batch % c.augment.repeats == 0,
-        f"train.global_batch={c.train.global_batch} must be a multiple of augment.repeats={c.augment.repeats}",
-    )
-    for name, value in (
-        ("train.clips_per_gpu", c.train.clips_per_gpu),
-        ("predict.clips_per_gpu", c.predict.clips_per_gpu),
-    ):
-        good = value == "auto" or (isinstance(value, int) and value >= 1)
-        need(good, f"{name}={value}: must be auto or a number from 1")
-    need(
-        c.checkpoint.before_end_s >= 0,
-        f"checkpoint.before_end_s={c.checkpoint.before_end_s}: seconds from 0 (0: never)",
-    )
-    need(c.train.max_steps is None or c.train.max_steps >= 1, f"train.max_steps={c.train.max_steps}: at least 1")
-    need(c.val.crops in (1, 3) and c.predict.views.crops in (1, 3), "val.crops and predict.views.crops are 1 or 3")
-    need(
-        c.train.ema_decay is None or 0 < c.train.ema_decay < 1, f"train.ema_decay={c.train.ema_decay}: between 0 and 1"
-    )
-    need(not (c.data.fold and c.data.val), "data.fold and data.val exclude each other: set one of them to null")
-    need(
-        c.model.size is None or c.model.weights is None,
-        "model.size is for training from scratch: add model.weights=null, or leave model.size out",
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 DONE = 0
 FAILED = 1
@@ -11,15 +12,34 @@ FINDINGS = 3
 INTERRUPTED = 75
 
 
-class UserError(Exception):
+# What would break a line or could not be written: control characters, line separators, lone surrogates.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters, line separators and lone surrogates escaped as in Python: one printable line."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class Message(Exception):
+    """An exception whose text is for the user: one line, whatever names and values it quotes.
+
+    `args[0]` is the text as it was given (the DataLoader puts the traceback of its process there).
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class UserError(Message):
     """Something the user must change. The message is one line: what is wrong, where, and the remedy."""
 
 
-class Findings(Exception):
+class Findings(Message):
     """The work is done, and there is something in it that the user should look at (exit status 3)."""
 
 
-class Interrupted(Exception):
+class Interrupted(Message):
     """Stopped by a signal after saving; starting the same command again goes on (exit status 75)."""
 
     def __init__(self, message: str, *, step: int | None = None) -> None:

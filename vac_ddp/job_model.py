@@ -14,6 +14,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from vac_ddp import distributed
+from vac_ddp.data import randaugment
+from vac_ddp.data.split import parse_fold
 from vac_ddp.engine import checkpoint
 from vac_ddp.engine.ema import Ema
 from vac_ddp.engine.fit import fit_clips
@@ -24,6 +26,7 @@ from vac_ddp.engine.step import Stepper
 from vac_ddp.errors import UserError
 from vac_ddp.job_data import Data
 from vac_ddp.models import Loaded
+from vac_ddp.models.build import architecture_of
 from vac_ddp.settings import ClipSettings, Config
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -34,6 +37,14 @@ def precision_of(config: Config, device: torch.device) -> str:
     if config.train.precision != "auto":
         return config.train.precision
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def check_grammar(config: Config) -> None:
+    """Raise UserError for text settings and sizes that the data or the model would refuse, before either is opened."""
+    parse_fold(config.data.fold)
+    randaugment.parse(config.augment.randaugment)
+    if config.model.name == "videomae" and config.model.weights is None:
+        architecture_of(config.model, config.clip)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ import numpy as np
 
 from vac_ddp import config as settings_io
 from vac_ddp import distributed
+from vac_ddp.checks import check_prediction
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.inference import scoring, submission
 from vac_ddp.inference.viewsfile import read_views
@@ -116,18 +118,17 @@ def prediction_settings(saved: dict[str, Any], options: Options, where: str) -> 
             raise UserError(f"{word}: a prediction has the run's setting; it can change {', '.join(CHANGEABLE)}")
     if options.debug:
         config.data.workers = 0
-    settings_io.check(config)
+    check_prediction(config)
     return config
 
 
 def set_views(config: Config, text: str) -> None:
     """Windows, crops and mirroring as in 5x3 or 2x3+flip."""
-    windows, x, rest = text.removesuffix("+flip").partition("x")
-    if not (windows.isdigit() and int(windows) and x and rest in ("1", "3")):
+    match = re.fullmatch(r"([1-9][0-9]{0,2})x([13])(\+flip)?", text)
+    if match is None:
         raise UserError(f"--views {text}: expected KxC with C 1 or 3, as 5x3 or 2x3+flip")
     views = config.predict.views
-    views.windows, views.count, views.crops = "spread", int(windows), int(rest)
-    views.flip = text.endswith("+flip")
+    views.windows, views.count, views.crops, views.flip = "spread", int(match[1]), int(match[2]), bool(match[3])
 
 
 Kind = Literal["video file", "frames", "test", "labelled"]

@@ -6,15 +6,42 @@ Text on the command line reaches these fields as `group.name=value`; YAML files 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A dataclass field with a default and the line that `--help` shows."""
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Which numbers a setting takes: finite ones, `low` and `high` included, `above` and `below` excluded."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            math.isfinite(number)
+            and (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"between {self.low} and {self.high}"
+        words = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
+        return " and ".join(f"{word} {number}" for word, number in words.items() if number is not None)
+
+
+def setting(default: Any, meaning: str, **bounds: float) -> Any:
+    """A dataclass field with a default, the line that `--help` shows, and what its numbers may be (see `Bounds`)."""
+    metadata = {"help": meaning, "bounds": Bounds(**bounds) if bounds else None}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
-    return field(default=default, metadata={"help": meaning})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -23,7 +50,9 @@ class DataSettings:
 
     train: str = setting("data_train", "folder <class>/<video>/*.jpg, a packed data set, or a CSV (path,label)")
     val: str | None = setting(None, "validation data in the same forms; without it a part of `train` is held out")
-    val_fraction: float = setting(0.2, "share of each class held out for validation; 0 trains on everything")
+    val_fraction: float = setting(
+        0.2, "share of each class held out for validation; 0 trains on everything", low=0, below=1
+    )
     fold: str | None = setting(None, "k/K: fold k (from 1) of K grouped folds is the validation part")
     group_by: Literal["auto", "hmdb51", "ucf101", "numbered", "regex", "csv", "none"] = setting(
         "auto", "how the source of a video is told from its name; clips of one source stay on one side"
@@ -34,15 +63,17 @@ class DataSettings:
         None, "a source of the same name in two classes is one source; default: yes, but for hmdb51"
     )
     official_lists: str | None = setting(None, "folder of official HMDB51 or UCF101 list files that make the split")
-    official_split: int = setting(1, "which of the three official splits")
+    official_split: int = setting(1, "which of the three official splits", low=1, high=3)
     on_bad_video: Literal["error", "skip"] = setting("error", "a training video without any good frame")
-    max_damaged: float = setting(0.05, "share of damaged frames above which training is refused")
+    max_damaged: float = setting(0.05, "share of damaged frames above which training is refused", low=0, high=1)
     rescan: bool = setting(False, "check the whole tree against the cached index, not a sample of it")
     cache: str | None = setting(None, "folder of cached indexes; default: ~/.cache/vac_ddp")
     balance: Literal["none", "class"] = setting("none", "class: draw every class equally often")
-    limit: int | None = setting(None, "use only so many videos of each part (a quick look, --debug)")
-    workers: int | None = setting(None, "loader processes a rank; default: the cores it has, at most 16")
-    prefetch: int = setting(4, "batches that each loader process keeps ready")
+    limit: int | None = setting(None, "use only so many videos of each part (a quick look, --debug)", low=1, high=10**9)
+    workers: int | None = setting(
+        None, "loader processes a rank; default: the cores it has, at most 16", low=0, high=1024
+    )
+    prefetch: int = setting(4, "batches that each loader process keeps ready", low=1, high=1000)
     decode: Literal["cpu", "gpu"] = setting(
         "cpu", "gpu: JPEGs are decoded on the GPU (nvJPEG), for machines with few cores; pixels differ a little"
     )
@@ -53,12 +84,18 @@ class DataSettings:
 class ClipSettings:
     """What one clip is."""
 
-    frames: int = setting(16, "frames in a clip")
-    stride: int = setting(2, "distance between neighbouring frames of a dense clip, in frames of the video")
-    stride_jitter: int = setting(0, "training: the stride is drawn from stride - jitter to stride + jitter (>= 1)")
+    frames: int = setting(16, "frames in a clip", low=1, high=1024)
+    stride: int = setting(
+        2, "distance between neighbouring frames of a dense clip, in frames of the video", low=1, high=10**6
+    )
+    stride_jitter: int = setting(
+        0, "training: the stride is drawn from stride - jitter to stride + jitter (>= 1)", low=0, high=10**6
+    )
     sampling: Literal["dense", "segments"] = setting("dense", "a window of neighbours, or one frame a segment")
-    size: int = setting(224, "height and width of a clip, in pixels")
-    short_side: int | None = setting(None, "short side of a test frame before the crop; default: size")
+    size: int = setting(224, "height and width of a clip, in pixels", low=1, high=4096)
+    short_side: int | None = setting(
+        None, "short side of a test frame before the crop; default: size", low=1, high=16384
+    )
     short: Literal["hold", "repeat"] = setting("hold", "a video shorter than the clip holds its last frame or repeats")
 
 
@@ -71,9 +108,9 @@ class ViewSettings:
         "clips at the given first frames, K clips over the whole video, or K phases of its segments: their middles at "
         "(k + 1/2) / K, or k / K as VideoMAE's test on Something-Something v2",
     )
-    offsets: list[int] = setting([0, 4, 8], "first frames of the clips, for windows=offsets")
-    count: int = setting(5, "number K of clips, for windows other than offsets")
-    crops: int = setting(1, "crops of each clip along its long side: 1 (centre) or 3")
+    offsets: list[int] = setting([0, 4, 8], "first frames of the clips, for windows=offsets", low=0, high=10**9)
+    count: int = setting(5, "number K of clips, for windows other than offsets", low=1, high=1000)
+    crops: int = setting(1, "crops of each clip along its long side: 1 (centre) or 3", low=1, high=3)
     flip: bool = setting(False, "score every clip mirrored as well")
 
 
@@ -81,17 +118,21 @@ class ViewSettings:
 class AugmentSettings:
     """How training clips are changed. One draw a clip, a pure function of (seed, epoch, sample)."""
 
-    repeats: int = setting(1, "clips made of every decoded video (repeated augmentation)")
-    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area of the random crop, as a share of the frame")
-    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "aspect ratio of the random crop")
-    flip: float = setting(0.5, "probability of mirroring; 0 where left and right make the class")
-    color_jitter: float = setting(0.0, "strength of brightness, contrast and saturation jitter")
+    repeats: int = setting(1, "clips made of every decoded video (repeated augmentation)", low=1, high=1024)
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0), "area of the random crop, as a share of the frame", above=0, high=1
+    )
+    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "aspect ratio of the random crop", low=0.01, high=100)
+    flip: float = setting(0.5, "probability of mirroring; 0 where left and right make the class", low=0, high=1)
+    color_jitter: float = setting(0.0, "strength of brightness, contrast and saturation jitter", low=0, high=10)
     randaugment: str = setting("", "timm's notation, as rand-m7-n4-mstd0.5-inc1; empty for none")
-    erase: float = setting(0.0, "probability of erasing a rectangle (the same in all frames)")
-    mixup: float = setting(0.0, "alpha of mixup; 0 for none")
-    cutmix: float = setting(0.0, "alpha of cutmix; 0 for none")
-    mix_probability: float = setting(1.0, "share of the pairs that are mixed, where mixup or cutmix is on")
-    mix_switch: float = setting(0.5, "share of cutmix where both are on")
+    erase: float = setting(0.0, "probability of erasing a rectangle (the same in all frames)", low=0, high=1)
+    mixup: float = setting(0.0, "alpha of mixup; 0 for none", low=0, high=1000)
+    cutmix: float = setting(0.0, "alpha of cutmix; 0 for none", low=0, high=1000)
+    mix_probability: float = setting(
+        1.0, "share of the pairs that are mixed, where mixup or cutmix is on", low=0, high=1
+    )
+    mix_switch: float = setting(0.5, "share of cutmix where both are on", low=0, high=1)
 
 
 @dataclass(kw_only=True)
@@ -103,28 +144,41 @@ class ModelSettings:
         "MCG-NJU/videomae-base",
         "hub id, HF directory, .pth/.pt file, run directory or timm name; null: from scratch",
     )
-    width: int | None = setting(None, "token width; with depth, heads: sizes by number, from scratch")
-    depth: int | None = setting(None, "transformer blocks")
-    heads: int | None = setting(None, "attention heads")
+    width: int | None = setting(
+        None, "token width; with depth, heads: sizes by number, from scratch", low=2, high=65536
+    )
+    depth: int | None = setting(None, "transformer blocks", low=1, high=1000)
+    heads: int | None = setting(None, "attention heads", low=1, high=1024)
     mlp_ratio: float | None = setting(
-        None, "width of the MLP as a multiple of the token width; default: 4, giant 48/11"
+        None, "width of the MLP as a multiple of the token width; default: 4, giant 48/11", above=0, high=64
     )
     size: Literal["small", "base", "large", "huge", "giant"] | None = setting(None, "size by name, from scratch")
-    patch: int | None = setting(None, "height and width of a patch, in pixels (from scratch); default: 16, giant 14")
-    tubelet: int = setting(2, "frames of a tubelet (from scratch)")
-    norm_eps: float | None = setting(None, "LayerNorm epsilon of the encoder; default: as the weights were trained")
-    drop_path: float = setting(0.0, "stochastic depth at the last block, rising linearly from 0")
-    head_dropout: float = setting(0.0, "dropout before the classifier")
-    head_init_scale: float = setting(0.001, "factor on the new classifier's initial weights")
+    patch: int | None = setting(
+        None, "height and width of a patch, in pixels (from scratch); default: 16, giant 14", low=1, high=4096
+    )
+    tubelet: int = setting(2, "frames of a tubelet (from scratch)", low=1, high=1024)
+    norm_eps: float | None = setting(
+        None, "LayerNorm epsilon of the encoder; default: as the weights were trained", above=0, high=0.1
+    )
+    drop_path: float = setting(0.0, "stochastic depth at the last block, rising linearly from 0", low=0, below=1)
+    head_dropout: float = setting(0.0, "dropout before the classifier", low=0, below=1)
+    head_init_scale: float = setting(0.001, "factor on the new classifier's initial weights", low=0, high=1000)
     pooling: Literal["mean", "attention", "transformer"] = setting("mean", "frame_vit: aggregation over time")
     backbone: str = setting("vit_small_patch16_224", "frame_vit, lsvit: timm image model")
     lsvit_version: int = setting(
-        2, "lsvit: 1 as in the starting notebook; 2 as in the public code it came from (runs without this setting: 1)"
+        2,
+        "lsvit: 1 as in the starting notebook; 2 as in the public code it came from (runs without this setting: 1)",
+        low=1,
+        high=2,
     )
     smif: bool = setting(True, "lsvit: short-term motion fusion on pixels")
     lmi: bool = setting(True, "lsvit: long-term motion integration after every block")
-    mean: tuple[float, float, float] | None = setting(None, "pixel mean (0 to 1); default: as the weights were trained")
-    std: tuple[float, float, float] | None = setting(None, "pixel deviation; default: as the weights were trained")
+    mean: tuple[float, float, float] | None = setting(
+        None, "pixel mean (0 to 1); default: as the weights were trained", low=0, high=1
+    )
+    std: tuple[float, float, float] | None = setting(
+        None, "pixel deviation; default: as the weights were trained", above=0, high=1
+    )
     revision: str | None = setting(None, "revision of a hub id")
 
 
@@ -132,17 +186,21 @@ class ModelSettings:
 class OptimSettings:
     """AdamW and its schedule."""
 
-    lr: float | None = setting(None, "peak learning rate as used")
-    base_lr: float | None = setting(5e-4, "peak learning rate per 256 clips of the global batch (or lr, not both)")
-    min_lr: float = setting(1e-6, "learning rate at the end, in the terms of lr or base_lr")
-    warmup_epochs: float = setting(5.0, "epochs of linear warm-up")
-    warmup_lr: float = setting(0.0, "learning rate at the first step, in the terms of lr or base_lr")
-    weight_decay: float = setting(0.05, "decoupled weight decay; none on 1-D parameters and position tables")
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
-    eps: float = setting(1e-8, "AdamW epsilon")
-    layer_decay: float = setting(1.0, "factor on the learning rate per layer below the head")
-    head_lr_scale: float = setting(1.0, "factor on the learning rate of the classifier")
-    clip_norm: float | None = setting(None, "largest norm of the gradient")
+    lr: float | None = setting(None, "peak learning rate as used", above=0, high=10)
+    base_lr: float | None = setting(
+        5e-4, "peak learning rate per 256 clips of the global batch (or lr, not both)", above=0, high=10
+    )
+    min_lr: float = setting(1e-6, "learning rate at the end, in the terms of lr or base_lr", low=0, high=10)
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up", low=0, high=10**6)
+    warmup_lr: float = setting(0.0, "learning rate at the first step, in the terms of lr or base_lr", low=0, high=10)
+    weight_decay: float = setting(
+        0.05, "decoupled weight decay; none on 1-D parameters and position tables", low=0, high=10
+    )
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas", low=0, below=1)
+    eps: float = setting(1e-8, "AdamW epsilon", above=0, high=1)
+    layer_decay: float = setting(1.0, "factor on the learning rate per layer below the head", above=0, high=1)
+    head_lr_scale: float = setting(1.0, "factor on the learning rate of the classifier", above=0, high=10**6)
+    clip_norm: float | None = setting(None, "largest norm of the gradient", above=0, high=10**9)
     shard: bool = setting(False, "shard the optimizer's state over the ranks (ZeRO stage 1)")
     fused: bool = setting(True, "fused AdamW kernel")
 
@@ -151,36 +209,55 @@ class OptimSettings:
 class TrainSettings:
     """How long, how large, how precise."""
 
-    epochs: int = setting(20, "passes over the training part")
-    max_steps: int | None = setting(None, "end after this many optimizer steps, the schedule fitted to it")
-    global_batch: int = setting(64, "clips of one optimizer step over all ranks")
+    epochs: int = setting(20, "passes over the training part", low=1, high=10**6)
+    max_steps: int | None = setting(
+        None, "end after this many optimizer steps, the schedule fitted to it", low=1, high=10**12
+    )
+    global_batch: int = setting(64, "clips of one optimizer step over all ranks", low=1, high=10**6)
     even_steps: bool = setting(
         False, "spread an epoch's clips evenly over its steps, instead of a short last one: for very small sets"
     )
-    clips_per_gpu: int | str = setting("auto", "clips of one micro-batch on one rank; auto: what fits (CPU: 8)")
+    clips_per_gpu: int | Literal["auto"] = setting(
+        "auto", "clips of one micro-batch on one rank; auto: what fits (CPU: 8)", low=1, high=10**6
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "autocast; auto: bf16 on GPUs, fp32 on the CPU"
     )
-    label_smoothing: float = setting(0.0, "label smoothing")
+    label_smoothing: float = setting(0.0, "label smoothing", low=0, below=1)
     class_weights: Literal["none", "inverse"] = setting("none", "weights of the loss by class frequency, mean 1")
-    ema_decay: float | None = setting(None, "moving average of the weights, per step; validated and saved as best")
-    patience: int | None = setting(None, "epochs without a better validation accuracy before the end")
-    freeze_depth: int = setting(0, "layers from below that stay as they are (1: embedding, 2: and first block...)")
-    checkpointing: int = setting(0, "blocks from below whose activations are computed again in the backward pass")
+    ema_decay: float | None = setting(
+        None, "moving average of the weights, per step; validated and saved as best", above=0, below=1
+    )
+    patience: int | None = setting(
+        None, "epochs without a better validation accuracy before the end", low=0, high=10**6
+    )
+    freeze_depth: int = setting(
+        0, "layers from below that stay as they are (1: embedding, 2: and first block...)", low=0, high=1001
+    )
+    checkpointing: int = setting(
+        0, "blocks from below whose activations are computed again in the backward pass", low=0, high=1000
+    )
     compile: bool | None = setting(None, "compile the blocks; default: on CUDA only")
     bf16_reduce: bool = setting(False, "all-reduce gradients in bfloat16")
-    val_every: int = setting(1, "epochs between validations; the last one is always validated")
+    val_every: int = setting(1, "epochs between validations; the last one is always validated", low=1, high=10**6)
 
 
 @dataclass(kw_only=True)
 class CheckpointSettings:
     """When and what is saved."""
 
-    keep: int = setting(2, "step-numbered checkpoints kept")
-    every_steps: int | None = setting(None, "steps between checkpoints, beside those of every epoch")
-    every_minutes: float | None = setting(10.0, "minutes between checkpoints, beside those of every epoch")
+    keep: int = setting(2, "step-numbered checkpoints kept", low=1, high=10**6)
+    every_steps: int | None = setting(
+        None, "steps between checkpoints, beside those of every epoch", low=1, high=10**12
+    )
+    every_minutes: float | None = setting(
+        10.0, "minutes between checkpoints, beside those of every epoch", above=0, high=10**6
+    )
     before_end_s: float = setting(
-        120.0, "seconds before the end of a SLURM job at which the run saves and ends, to be requeued; 0: never"
+        120.0,
+        "seconds before the end of a SLURM job at which the run saves and ends, to be requeued; 0: never",
+        low=0,
+        high=10**6,
     )
     on_failure: Literal["continue", "stop"] = setting("continue", "when a checkpoint cannot be written (disk full)")
 
@@ -189,18 +266,28 @@ class CheckpointSettings:
 class HealthSettings:
     """What ends a run that goes wrong."""
 
-    max_bad_steps: int = setting(10, "steps with a non-finite loss or gradient in a row before the run ends")
-    checksum_every: int = setting(500, "steps between comparisons of the parameters over the ranks; 0: never")
-    start_timeout_s: float = setting(1800.0, "longest wait of a collective until the first step is done, in seconds")
-    timeout_s: float = setting(300.0, "longest wait of a collective after the first step, in seconds")
-    slow_factor: float = setting(2.0, "a rank that takes this many times the median is named")
+    max_bad_steps: int = setting(
+        10, "steps with a non-finite loss or gradient in a row before the run ends", low=1, high=10**9
+    )
+    checksum_every: int = setting(
+        500, "steps between comparisons of the parameters over the ranks; 0: never", low=0, high=10**12
+    )
+    start_timeout_s: float = setting(
+        1800.0, "longest wait of a collective until the first step is done, in seconds", low=1, high=10**6
+    )
+    timeout_s: float = setting(
+        300.0, "longest wait of a collective after the first step, in seconds", low=1, high=10**6
+    )
+    slow_factor: float = setting(2.0, "a rank that takes this many times the median is named", low=1, high=10**6)
 
 
 @dataclass(kw_only=True)
 class LogSettings:
     """What is written while a run goes on."""
 
-    every_steps: int = setting(10, "steps between lines in metrics.jsonl; the counters are read only then")
+    every_steps: int = setting(
+        10, "steps between lines in metrics.jsonl; the counters are read only then", low=1, high=10**9
+    )
     wandb: Literal["disabled", "online", "offline"] = setting("disabled", "Weights & Biases")
     wandb_project: str = setting("vac_ddp", "W&B project")
     wandb_artifact: bool = setting(False, "upload the best checkpoint as a W&B artifact")
@@ -224,12 +311,14 @@ class PredictSettings:
     """How a test folder is predicted."""
 
     views: ViewSettings = field(default_factory=ViewSettings, metadata={"help": "views of a test video"})
-    clips_per_gpu: int | str = setting("auto", "clips of one forward pass on one rank; auto: what is fastest and fits")
+    clips_per_gpu: int | Literal["auto"] = setting(
+        "auto", "clips of one forward pass on one rank; auto: what is fastest and fits", low=1, high=10**6
+    )
     average: Literal["mean-logits", "mean-probs"] = setting(
         "mean-logits", "what is averaged over a video's views: logits, or probabilities as the official test does"
     )
     compile: bool | None = setting(None, "compile the blocks; default: on CUDA, for 2000 clips and more")
-    save_every: int = setting(50, "videos between saves of what is done, a rank")
+    save_every: int = setting(50, "videos between saves of what is done, a rank", low=1, high=10**9)
     answer: Literal["name", "index"] = setting("name", "class column of submission.csv: class names, or their numbers")
 
 
@@ -241,7 +330,7 @@ def _centre_view() -> ViewSettings:
 class Config:
     """All settings of a run."""
 
-    seed: int = setting(0, "seed of everything that is drawn")
+    seed: int = setting(0, "seed of everything that is drawn", low=0, high=2**63 - 1)
     data: DataSettings = field(default_factory=DataSettings)
     clip: ClipSettings = field(default_factory=ClipSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)

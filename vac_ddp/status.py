@@ -65,7 +65,7 @@ def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[s
 def _plain(error: BaseException) -> BaseException:
     """A user error as it was raised in a loader process, without the traceback that the loader put into its text."""
     plain = errors.plain(error)
-    if isinstance(error, errors.UserError) and (inner := WRAPPED.search(str(error))):
+    if isinstance(error, errors.UserError) and (inner := WRAPPED.search(error.args[0])):
         plain = errors.UserError(inner.group(1).strip())
     elif type(error).__name__ == "OutOfMemoryError":
         plain = errors.UserError(

@@ -16,8 +16,9 @@ ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many 
 def train(argv: list[str]) -> dict[str, Any] | None:
     """Parse, build, run, close. Returns the run directory and the last step."""
     command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
-    from vac_ddp import job, job_data  # torch and its friends: only once the settings are known to be good
+    from vac_ddp import job, job_data, job_model  # torch and its friends: only once the settings are known to be good
 
+    job_model.check_grammar(command.config)
     if command.debug:
         _check_debug_directory(Path(command.config.run.dir))
     device = distributed.pick_device()

@@ -156,7 +156,7 @@ def _shut_down(running: list[Any]) -> None:
 
 def _one_line(error: UserError) -> str:
     """The message of an error that a loader process wrapped into its traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+    return error.args[0].strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
 
 
 def _as_it_is(batch: Batch | TestBatch) -> Batch | TestBatch:

@@ -43,6 +43,7 @@ class Op(IntEnum):
 CHOICES = tuple(Op(number) for number in range(1, 16))
 GEOMETRIC = frozenset({Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y})
 
+MOST = 100  # of a magnitude or a number of operations
 LEVELS = 10.0  # the magnitude at which an operation has its full strength
 
 
@@ -79,6 +80,8 @@ def parse(notation: str) -> RandAugment | None:
         )
     if not 0 <= values.get("probability", 0.5) <= 1:
         raise UserError(f"augment.randaugment={notation}: the probability p must lie in 0 to 1")
+    if any(values.get(name, 0) > MOST for name in ("magnitude", "layers", "maximum")):
+        raise UserError(f"augment.randaugment={notation}: m, n and mmax must be at most {MOST}")
     std = values.get("std", 0.0)
     return RandAugment(
         magnitude=values.get("magnitude", LEVELS),

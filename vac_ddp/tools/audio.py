@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from vac_ddp import __version__, audio, distributed
 from vac_ddp import config as settings_io
 from vac_ddp.audio import SoundModel, SoundSettings
+from vac_ddp.checks import check_bounds, number
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.sampling import AUGMENT, FRAMES, ORDER, generator
 from vac_ddp.data.split import Split, make_split, read_split
@@ -93,23 +94,26 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--test", metavar="DIR", help="a test folder to predict, labelled or not")
     add("--backbone", default="resnet18", help="timm image model (default: resnet18)")
     add("--pretrained", action="store_true", help="begin with timm's weights for pictures")
-    add("--epochs", type=int, default=30)
-    add("--batch", type=int, default=32, help="sounds of a step (default: 32)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: 0.001)")
-    add("--seconds", type=float, default=4.0, help="length of a window (default: 4)")
-    add("--mels", type=int, default=64, help="bands of a spectrogram (default: 64)")
-    add("--windows", type=int, default=3, help="windows of a scored video, spread over it (default: 3)")
+    add("--epochs", type=number(int, low=1, high=10**6), default=30)
+    add("--batch", type=number(int, low=1, high=10**6), default=32, help="sounds of a step (default: 32)")
+    add("--lr", type=number(float, above=0, high=10), default=1e-3, help="peak learning rate of AdamW (default: 0.001)")
+    add("--seconds", type=number(float, above=0, high=3600), default=4.0, help="length of a window (default: 4)")
+    add("--mels", type=number(int, low=1, high=1024), default=64, help="bands of a spectrogram (default: 64)")
+    add(
+        "--windows",
+        type=number(int, low=1, high=1000),
+        default=3,
+        help="windows of a scored video, spread over it (default: 3)",
+    )
     add("--overwrite", action="store_true", help="throw away what --out holds")
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options, words = parser.parse_known_args(argv)
-    for name in ("epochs", "batch", "windows", "mels", "seconds", "lr"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name} {getattr(options, name):g}: must be above 0")
     config = settings_io.read_yaml(Path(options.run).expanduser() / "config.yaml") if options.run else Config()
     for word in words:
         if not word.startswith(("data.", "seed=")) or "=" not in word:
             raise UserError(f"unknown argument {word} (see --help)")
         settings_io.override(config, word)
+    check_bounds(config, ("data.", "seed"))
     return options, config
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from vac_ddp.checks import check_bounds, number
 from vac_ddp.config import find_config, override, read_yaml
 from vac_ddp.data import duplicates
 from vac_ddp.data.giveaway import nearest_neighbour
@@ -63,12 +64,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test", metavar="DIR", help="the test folder <video>/*.jpg, a packed set, or a CSV (path)")
     parser.add_argument("--config", metavar="FILE", help="take the settings of the split from this preset or file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON, too")
-    parser.add_argument("--workers", type=int, help="threads that decode (default: the cores)")
+    parser.add_argument(
+        "--workers", type=number(int, low=1, high=1024), help="threads that decode (default: the cores)"
+    )
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     config = read_yaml(find_config(options.config)) if options.config else Config()
     for text in options.settings:
         override(config, text)
+    check_bounds(config, ("data.",))
     config.data.train = options.data
     report = audit(config, test=options.test, workers=options.workers)
     print(as_text(report))

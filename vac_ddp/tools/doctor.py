@@ -123,10 +123,19 @@ def _for_decoding(found: Found, config: Config) -> list[str]:
     return lines
 
 
+def smaller_model(config: Config) -> str:
+    """The settings that make this model smaller."""
+    if config.model.name != "videomae":
+        return "a smaller model.backbone" if config.model.name != "hf" else "smaller weights (model.weights)"
+    if config.model.weights is not None:
+        return "smaller weights (model.weights=MCG-NJU/videomae-small-finetuned-kinetics)"
+    return "model.size=small" if config.model.width is None else "a smaller model.width or model.depth"
+
+
 def _for_model(found: Found, config: Config) -> list[str]:
     lines = []
     if not found.cuda:
-        lines.append("a GPU is what helps; on the CPU, model.size=small, clip.size or clip.frames")
+        lines.append(f"a GPU is what helps; on the CPU, {smaller_model(config)}, clip.size or clip.frames")
         return lines
     if config.train.compile is False:
         lines.append("train.compile=true compiles the blocks")

@@ -22,6 +22,7 @@ import numpy as np
 
 from vac_ddp import config as settings_io
 from vac_ddp import errors
+from vac_ddp.checks import number
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.files import write_text
 from vac_ddp.inference import evaluation, scoring, submission
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings_io.parse(words, program="vac ensemble", about=ABOUT).config
     seeds = _seeds(options.seeds) if options.seeds else [config.seed]
     members = plan(Path(config.run.dir).expanduser(), folds=options.folds, seeds=seeds)
-    validated = _check(options, config, [*words, *members[0].words])
+    validated = _check(options, config, [*words, *members[0].words], ranks)
     out = Path(options.out) if options.out else Path(config.run.dir) / "ensemble"
     findings = 0
     with children() as run:
@@ -140,7 +141,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--nproc N: ranks of a member.",
     )
     add = parser.add_argument
-    add("--folds", type=int, metavar="K", help="K members a seed, each with one of K grouped folds held out")
+    add(
+        "--folds",
+        type=number(int, low=2, high=1000),
+        metavar="K",
+        help="K members a seed, each with one of K grouped folds held out",
+    )
     add("--seeds", metavar="S,S,...", help="seeds of the members (default: the setting `seed`)")
     add("--data", default="data_test", metavar="DIR", help="the test folder (default: data_test)")
     add("--method", choices=scoring.METHODS, help="what is averaged (default: predict.average of the predictions)")
@@ -172,7 +178,7 @@ def _seeds(text: str) -> list[int]:
         raise UserError(f"--seeds {text}: expected whole numbers with commas, as 0,1,2") from None
 
 
-def _check(options: argparse.Namespace, config: Config, first: list[str]) -> bool:
+def _check(options: argparse.Namespace, config: Config, first: list[str], ranks: int) -> bool:
     """Everything that can be told before hours of training; returns whether members have a validation part."""
     from vac_ddp.predict import kind_of
 
@@ -183,7 +189,7 @@ def _check(options: argparse.Namespace, config: Config, first: list[str]) -> boo
     if options.choose != "mean" and not config.data.val:
         raise UserError(f"--choose {options.choose}: members that hold out different videos share none to choose on; "
                         "set data.val=DIR, or leave it out")  # fmt: skip
-    launch.check_first(first)
+    launch.check_first(first, ranks)
     data = config.data
     validated = bool(data.val or options.folds or data.official_lists or data.fold or data.val_fraction > 0)
     if options.temperature and not validated:

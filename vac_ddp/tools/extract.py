@@ -16,8 +16,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from vac_ddp.checks import number
 from vac_ddp.data.video import SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import PARTIAL, flush_directory, write_json
@@ -72,18 +73,26 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("videos", type=Path, help="a video file, or a folder of them, in class folders or not")
     parser.add_argument("out", type=Path, help="where <class>/<video>/0001.jpg go")
-    parser.add_argument("--rate", type=float, help="frames per second (default: every frame of the file)")
-    parser.add_argument("--short-side", type=int, help="shrink frames whose short side is larger, in pixels")
-    parser.add_argument("--quality", type=int, default=Options.quality, help="JPEG quality, 1 to 100 (%(default)s)")
+    parser.add_argument(
+        "--rate",
+        type=number(float, above=0, high=MAX_RATE),
+        help="frames per second (default: every frame of the file)",
+    )
+    parser.add_argument(
+        "--short-side", type=number(int, low=1, high=16384), help="shrink frames whose short side is larger, in pixels"
+    )
+    parser.add_argument(
+        "--quality",
+        type=number(int, low=1, high=100),
+        default=Options.quality,
+        help="JPEG quality, 1 to 100 (%(default)s)",
+    )
     parser.add_argument("--audio", action="store_true", help="write audio.wav (16 kHz, mono) where there is sound")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: none but this)")
+    parser.add_argument(
+        "--workers", type=number(int, low=0, high=1024), help="processes (default: one a core; 0: none but this)"
+    )
+    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     given = parser.parse_args(argv)
-    if given.rate is not None and not 0 < given.rate <= MAX_RATE:
-        parser.error(f"--rate {given.rate:g}: must be above 0 and at most {MAX_RATE:g}")
-    if given.short_side is not None and given.short_side < 1:
-        parser.error(f"--short-side {given.short_side}: must be at least 1")
-    if not 1 <= given.quality <= 100:
-        parser.error(f"--quality {given.quality}: must be 1 to 100")
     options = Options(rate=given.rate, short_side=given.short_side, quality=given.quality, audio=given.audio)
     workers = given.workers if given.workers is not None else len(os.sched_getaffinity(0))
     summary = extract(given.videos, given.out, options, workers=workers, progress=sys.stderr.isatty())
@@ -106,6 +115,10 @@ def _print_files(title: str, files: list[tuple[str, str]]) -> None:
         print(f"  {name}: {what}")
     if len(files) > NAMED:
         print(f"  and {len(files) - NAMED} more")
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
 
 
 def _there(count: int) -> str:

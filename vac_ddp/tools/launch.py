@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from vac_ddp import config, errors, files
+from vac_ddp import checks, config, errors, files
 from vac_ddp.errors import UserError
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         from vac_ddp import train
 
         return train.main(rest)
-    check_first(rest)
+    check_first(rest, ranks)
     return run_ranks("vac_ddp.train", rest, ranks)
 
 
@@ -40,7 +41,7 @@ def take_nproc(argv: list[str]) -> tuple[int, list[str]]:
         if word == "--nproc" or word.startswith("--nproc="):
             inside = "=" in word
             text = word.partition("=")[2] if inside else "".join(argv[place + 1 : place + 2])
-            if not text.isdigit() or int(text) < 1:
+            if not re.fullmatch("[1-9][0-9]{0,3}", text):
                 raise UserError(f"--nproc {text or '(nothing)'}: a number of ranks from 1")
             return int(text), argv[:place] + argv[place + (1 if inside else 2) :]
     import torch
@@ -48,9 +49,13 @@ def take_nproc(argv: list[str]) -> tuple[int, list[str]]:
     return max(1, torch.cuda.device_count()), argv
 
 
-def check_first(argv: list[str]) -> None:
+def check_first(argv: list[str], ranks: int) -> None:
     """Settings and data as rank 0 will read them, so that a mistake is one line and not that of every rank."""
     command = config.parse(argv, program="vac train", about="")
+    checks.check(command.config, ranks=ranks)
+    from vac_ddp.job_model import check_grammar
+
+    check_grammar(command.config)
     from vac_ddp.data.index import open_index
     from vac_ddp.data.split import make_split
 

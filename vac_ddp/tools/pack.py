@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from vac_ddp.checks import number
 from vac_ddp.data.index import Index, open_as_it_is
 from vac_ddp.data.index_file import write_scan
 from vac_ddp.data.pack import INDEX, MARK, OFFSETS, VERSION, is_pack, read_facts
@@ -51,8 +52,15 @@ def main(argv: list[str]) -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--labelled", dest="labelled", action="store_true", default=None, help="DATA has class folders")
     kind.add_argument("--unlabelled", dest="labelled", action="store_false", help="DATA has none (default: by a look)")
-    parser.add_argument("--shard-mib", type=int, default=1024, help="size of the large files, in MiB (%(default)s)")
-    parser.add_argument("--workers", type=int, default=8, help="threads that read (%(default)s)")
+    parser.add_argument(
+        "--shard-mib",
+        type=number(int, low=1, high=10**6),
+        default=1024,
+        help="size of the large files, in MiB (%(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=number(int, low=1, high=1024), default=8, help="threads that read (%(default)s)"
+    )
     parser.add_argument("--cache", help="folder of cached indexes (default: ~/.cache/vac_ddp)")
     options = parser.parse_args(argv)
     if options.verify:

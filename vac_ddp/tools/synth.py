@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from vac_ddp.checks import number
 from vac_ddp.errors import UserError
 from vac_ddp.files import PARTIAL, write_json, write_text
 from vac_ddp.schema import read_json
@@ -213,8 +214,8 @@ def write_video(recipe: Recipe, video: Video, root: Path) -> int:
     folder = root / video.folder
     folder.mkdir(parents=True)
     files = make_clip(recipe, video)
-    for number, data in enumerate(files, start=1):
-        (folder / f"{number:04d}.jpg").write_bytes(data)
+    for frame, data in enumerate(files, start=1):
+        (folder / f"{frame:04d}.jpg").write_bytes(data)
     return len(files)
 
 
@@ -297,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         value = getattr(default, name)
         add(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"{meaning} (default: {value})")
-    add("--workers", type=int, metavar="N", help="processes (default: the cores there are)")
+    add("--workers", type=number(int, low=0, high=1024), metavar="N", help="processes (default: the cores there are)")
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     return parser
 
