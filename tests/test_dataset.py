@@ -317,17 +317,22 @@ def test_a_damaged_frame_is_named_once_and_counted(workers: int) -> None:
     assert loader.damaged == 2
 
 
-def test_many_damaged_frames_are_counted_rather_than_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_videos_with_damaged_frames_are_counted_rather_than_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "NAMED", 2)
     settings = config()
     settings.clip.frames, settings.clip.stride = 9, 1
-    dataset = TrainClips(MemoryVideos([[b""] * 8 + [jpeg(48, 64)]]), [0], settings, NOISE, 0)
-    sampler = StepSampler([0], seed=0, global_batch=2, clips_per_gpu=2, rank=0, world=1)
+    videos = MemoryVideos([[b""] * 8 + [jpeg(48, 64)]] * 4)
+    dataset = TrainClips(videos, range(4), settings, NOISE, 0)
+    sampler = StepSampler(range(4), seed=0, global_batch=2, clips_per_gpu=2, rank=0, world=1)
     loader = train_loader(dataset, sampler, workers=0, pin=False)
-    lines = [line for batch in loader for line in batch.damage]
+    lines = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        lines += [line for batch in loader for line in batch.damage]
     assert len(lines) == 3
-    assert "more than 2 damaged frames" in lines[2]
-    assert loader.damaged == 8
+    assert all("8 damaged frames in class/video" in line and "0001.jpg: empty file" in line for line in lines[:2])
+    assert "more than 2 videos have damaged frames" in lines[2]
+    assert loader.damaged == 32
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -64,6 +64,9 @@ class DataSettings:
     )
     official_lists: str | None = setting(None, "folder of official HMDB51 or UCF101 list files that make the split")
     official_split: int = setting(1, "which of the three official splits", low=1, high=3)
+    frame_pattern: str | None = setting(
+        None, "form of the frames' file names, as img_*.jpg, where a video's folder holds other pictures as well"
+    )
     on_bad_video: Literal["error", "skip"] = setting("error", "a training video without any good frame")
     max_damaged: float = setting(0.05, "share of damaged frames above which training is refused", low=0, high=1)
     rescan: bool = setting(False, "check the whole tree against the cached index, not a sample of it")

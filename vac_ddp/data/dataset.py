@@ -262,6 +262,13 @@ def damage_lines(index: Videos, video: int, damaged: dict[int, str]) -> list[str
     return [f"{index.frame_name(video, frame)}: {reason}" for frame, reason in sorted(damaged.items())]
 
 
+def damage_line(video: str, lines: Sequence[str]) -> str:
+    """One line about the damaged frames of a video, of which `damage_lines` gave `lines`."""
+    if len(lines) == 1:
+        return f"damaged frame {lines[0]}"
+    return f"{len(lines)} damaged frames in {video}, the first: {lines[0].removeprefix(f'{video}/')}"
+
+
 def _in_rows(parts: Sequence[dict[str, np.ndarray]], rows: np.ndarray) -> dict[str, torch.Tensor]:
     """Arrays (R, ...) of n draws as tensors (n * R, ...) in the order of `rows` (n, R), which may be empty."""
     out = {}

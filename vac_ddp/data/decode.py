@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 import zlib
 from collections.abc import Callable
 from typing import Literal
@@ -10,6 +12,8 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from vac_ddp.data.contents import meaning
 
 FORMATS = ("PNG", "WEBP", "BMP", "GIF")  # what Pillow may open beside JPEG: it has formats that start programs (EPS)
 MAX_PIXELS = 50_000_000  # more are never decoded: a JPEG is reduced to less, other formats are refused
@@ -307,9 +311,14 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _reason(data: bytes, error: Exception) -> str:
+    """What is wrong with a file, in words."""
     if not data:
         return "empty file"
+    if (known := meaning(data)) is not None:
+        return f"not an image but {known}"
     text = " ".join(str(error).split())
     if "Could not determine subsampling" in text or "cannot identify image file" in text:
         return "not an image (JPEG, PNG, WebP, BMP, GIF), or without a readable header"
-    return text.removeprefix("Corrupt JPEG data: ") or type(error).__name__
+    if isinstance(error, LookupError | struct.error | EOFError) or not re.search("[a-z]{3}", text):
+        return "its header is damaged or cut off"  # what the decoders raise there is a bare number or a Python error
+    return text.removeprefix("Corrupt JPEG data: ")

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from vac_ddp.data import scan as scanning
+from vac_ddp.data.decode import DamagedFrame, decode_frame
 from vac_ddp.data.frame_names import FrameNames, Texts, is_plain
 from vac_ddp.data.index_file import read_scan, write_scan
+from vac_ddp.data.levels import better_roots, frames_below
 from vac_ddp.data.pack import PackedFrames, is_pack, read_pack
-from vac_ddp.data.scan import Scan, scan_root, unchanged
+from vac_ddp.data.scan import Scan, layout, scan_root, unchanged
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.settings import DataSettings
@@ -117,7 +119,7 @@ def open_index(
     """
     index, found = open_as_it_is(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file)
     if not labelled:
-        return _checked_test(index, found)
+        return _checked_test(index, found, settings)
     _check_classes(index, classes)
     if classes is not None:
         number = {name: i for i, name in enumerate(classes)}
@@ -140,7 +142,25 @@ def open_as_it_is(
         found, packed = read_pack(root, labelled=labelled)
         return index_of(found, root, packed), found
     found = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file)
+    hollow = found.states == scanning.EMPTY
+    if scan and root.is_dir() and (hollow.any() if labelled else hollow.all()):
+        _check_level(root, labelled=labelled)
     return index_of(found, root), found
+
+
+def _check_level(root: Path, *, labelled: bool) -> None:
+    """Raise UserError where frames of `root`, of which videos have none, lie deeper than expected."""
+    better = better_roots(root, labelled=labelled)
+    if better:
+        tests = [path for path in sorted(root.iterdir()) if frames_below(str(path)) == 1] if labelled else []
+        raise UserError(
+            f"{root} is one folder too high: expected {layout(labelled)}, which {better[0]} has; give {_one_of(better)}"
+            + (f" ({_one_of(tests)} has {layout(False)}, a test folder)" if tests else "")
+        )
+
+
+def _one_of(folders: Sequence[Path]) -> str:
+    return " or ".join(str(folder) for folder in folders[:_NAMED])
 
 
 def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Index:
@@ -165,7 +185,8 @@ def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path:
     """Where the scan of `root` is kept."""
     folder = Path(settings.cache).expanduser() if settings.cache else Path.home() / ".cache" / "vac_ddp"
     where = os.path.realpath(root)
-    key = hashlib.sha256(f"{where}\n{labelled}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    pattern = f"\n{settings.frame_pattern}" if settings.frame_pattern else ""
+    key = hashlib.sha256(f"{where}\n{labelled}{pattern}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
     return folder / f"index-{key}.npz"
 
 
@@ -179,14 +200,15 @@ def cached_scan(
         stored = read_scan(place)
         if stored is None:
             continue
-        if not scan or (_is_of(stored, root, labelled=labelled) and unchanged(stored, every=settings.rescan)):
+        ours = _is_of(stored, root, labelled=labelled) and (stored.pattern or None) == (settings.frame_pattern or None)
+        if not scan or (ours and unchanged(stored, every=settings.rescan)):
             if scan:
                 stale, later = places[:i], places[i + 1 :]
                 _keep(stored, [*stale, *(other for other in later if not other.exists())], cache_file)
             return stored
     if not scan:
         raise UserError(f"no index of {root} at {places[0]}: rank 0 must have written it to a folder all ranks see")
-    found = scan_root(root, labelled=labelled)
+    found = scan_root(root, labelled=labelled, pattern=settings.frame_pattern)
     _keep(found, places, cache_file)
     return found
 
@@ -219,9 +241,12 @@ def _stray_notes(root: Path, found: Scan) -> list[str]:
     return notes
 
 
-def _checked_test(index: Index, found: Scan) -> Index:
+def _checked_test(index: Index, found: Scan, settings: DataSettings) -> Index:
     if not index.frame_counts.any():
-        raise UserError(f"none of the {len(index)} folders of {index.root} has frames in it: expected <video>/*.jpg")
+        form = f" named {settings.frame_pattern} (data.frame_pattern)" if settings.frame_pattern else ""
+        raise UserError(
+            f"none of the {len(index)} folders of {index.root} has frames{form} in it: expected <video>/*.jpg"
+        )
     bad = np.flatnonzero(found.states != scanning.GOOD)
     if len(bad):
         index.notes.append(f"{index.root}: {len(bad)} of {len(index)} test videos have no frames: {_named(found, bad)}")
@@ -234,9 +259,14 @@ def _check_classes(index: Index, classes: list[str] | None) -> None:
     if classes is not None:
         strange = [name for name in index.classes if name not in set(classes)]
         if strange:
+            remedy = "rename or remove them"
+            if len(strange) == len(index.classes) and index.root.is_dir() and index.packed is None:
+                tests = [index.root / name for name in strange if frames_below(str(index.root / name)) == 1]
+                if tests:
+                    remedy = f"if its videos have no classes, it is one folder too high: give {_one_of(tests)}"
             raise UserError(
                 f"{index.root} has {len(strange)} classes that training does not know ({', '.join(strange[:_NAMED])}): "
-                "rename or remove them"
+                f"{remedy}"
             )
         return
     if hollow:
@@ -254,7 +284,8 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
     if len(bad) and settings.on_bad_video == "error":
         raise UserError(
             f"{len(bad)} of {len(index)} videos of {index.root} cannot be used: {_named(found, bad)}"
-            f"{_whole_list(index, found, bad, settings)}; repair or remove them, or set data.on_bad_video=skip"
+            f"{_whole_list(index, found, bad, settings)}{why_bad(index, found, bad)}; "
+            "repair or remove them, or set data.on_bad_video=skip"
         )
     share = max(len(bad) / len(index), index.damaged / max(1, int(index.frame_counts.sum())))
     if share > settings.max_damaged:
@@ -268,7 +299,8 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
         return index
     kept = index.take(np.flatnonzero(found.states == scanning.GOOD))
     kept.skipped = [index.names[i] for i in bad]
-    kept.notes.append(f"{index.root}: {len(bad)} of {len(index)} videos were left out: {_named(found, bad)}")
+    left_out = f"{_named(found, bad)}{why_bad(index, found, bad)}"
+    kept.notes.append(f"{index.root}: {len(bad)} of {len(index)} videos were left out: {left_out}")
     gone = np.setdiff1d(index.labels, kept.labels)
     if len(gone):
         raise UserError(f"no video of class {index.classes[int(gone[0])]} in {index.root} has a frame that decodes")
@@ -278,6 +310,23 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
 def _named(found: Scan, bad: np.ndarray) -> str:
     some = ", ".join(f"{escaped(found.names[i])} ({scanning.STATES[found.states[i]]})" for i in bad[:_NAMED])
     return some + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+
+
+def why_bad(index: Index, found: Scan, bad: np.ndarray) -> str:
+    """What is wrong with the first frame of the first of the videos `bad` of which none decodes, behind "; "."""
+    video = next((i for i in bad.tolist() if found.states[i] == scanning.DAMAGED), None)
+    if video is None:
+        hollow = found.pattern and (found.states[bad] == scanning.EMPTY).any()
+        return f"; only files named {found.pattern} count (data.frame_pattern)" if hollow else ""
+    try:
+        decode_frame(index.frame_bytes(video, 0), factor=8)
+    except DamagedFrame as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    else:
+        return ""
+    return f"; {index.frame_name(video, 0)}: {reason}"
 
 
 def _whole_list(index: Index, found: Scan, bad: np.ndarray, settings: DataSettings) -> str:

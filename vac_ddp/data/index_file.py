@@ -16,6 +16,7 @@ from vac_ddp.files import write_atomic
 from vac_ddp.schema import Array, Count, check, mismatch, parse_json, read_npz
 
 VERSION = 1
+_UNKNOWN = "\0"  # pattern of a scan that was made before types of pictures were told apart: it is made again
 _MOST = 10**15  # frames, and their numbers: sums of them stay far from the end of int64
 
 
@@ -36,6 +37,7 @@ class ScanFacts(TypedDict):
     watched: dict[str, int]
     strays: StrayFacts
     notes: NotRequired[list[str]]
+    pattern: NotRequired[str | None]
 
 
 class ScanArrays(TypedDict):
@@ -75,6 +77,7 @@ def dump_scan(stream: BinaryIO, scan: Scan) -> None:
         "watched": scan.watched,
         "strays": dataclasses.asdict(scan.strays),
         "notes": scan.notes,
+        "pattern": scan.pattern,
     }
     arrays: dict[str, Any] = {
         "facts": np.frombuffer(json.dumps(facts).encode("ascii"), np.uint8),
@@ -123,6 +126,7 @@ def load_scan(path: Path, *, remedy: str) -> Scan:
         watched=facts["watched"],
         strays=Strays(**{name: facts["strays"][name] for name in ("hidden", "stray", "examples")}),
         notes=facts.get("notes", []),
+        pattern=facts.get("pattern", _UNKNOWN),
         names=Texts(stored["names"], stored["names_at"]),
         frames=frames,
         **{name: stored[name] for name in ("labels", "states", "damaged", "times")},

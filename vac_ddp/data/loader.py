@@ -13,11 +13,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from vac_ddp.data.batch import Batch, TestBatch
-from vac_ddp.data.dataset import TestViews, TrainClips
+from vac_ddp.data.dataset import TestViews, TrainClips, damage_line
 from vac_ddp.data.processes import LoaderContext
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.data.slots import Slots, use_slots
@@ -25,7 +26,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.settings import ClipSettings
 
 FILE_BYTES = 1 << 19  # of a large frame; a 1280x720 JPEG of quality 90 takes 200 KB
-NAMED = 50  # damaged frames that a rank names one by one
+NAMED = 50  # videos with damaged frames that a rank names one by one
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -106,7 +107,9 @@ class Loader:
             dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **extra
         )
         self._running: list[Any] = []
-        self._met: set[str] = set()
+        self._dataset = dataset
+        self._met: set[str] = set()  # damaged frames
+        self._videos: set[str] = set()  # of these frames
         self._named = named
         weakref.finalize(self, _shut_down, self._running).atexit = False
         atexit.register(_shut_down, self._running)  # before multiprocessing would wait for them for ever
@@ -129,18 +132,33 @@ class Loader:
                 return
             except UserError as error:
                 raise UserError(_one_line(error)) from None
-            batch.damage = [line for name in batch.damage for line in self._note(name)]
+            batch.damage = self._note(batch)
             yield batch
 
-    def _note(self, name: str) -> list[str]:
-        if name in self._met:
-            return []
-        self._met.add(name)
-        if self._named is None or len(self._met) <= self._named:
-            return [f"damaged frame {name}"]
-        if len(self._met) == self._named + 1:
-            return [f"more than {self._named} damaged frames: the others are only counted, `vac audit` lists them"]
-        return []
+    def _note(self, batch: Batch | TestBatch) -> list[str]:
+        """One line for each video whose first damaged frames are in `batch`, with their number."""
+        new: dict[str, list[str]] = {}
+        for line in batch.damage:
+            if line not in self._met:
+                self._met.add(line)
+                new.setdefault(self._video_of(line, batch), []).append(line)
+        lines = []
+        for video, frames in new.items():
+            if video in self._videos:
+                continue
+            self._videos.add(video)
+            if self._named is None or len(self._videos) <= self._named:
+                lines.append(damage_line(video, frames))
+            elif len(self._videos) == self._named + 1:
+                lines.append(
+                    f"more than {self._named} videos have damaged frames: the others are only counted, "
+                    "`vac audit` lists them"
+                )
+        return lines
+
+    def _video_of(self, line: str, batch: Batch | TestBatch) -> str:
+        names = (self._dataset.index.names[video] for video in np.unique(batch.videos.numpy()).tolist())
+        return max((name for name in names if line.startswith(f"{name}/")), key=len)
 
     def close(self) -> None:
         """End the loader processes."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vac_ddp.data.frame_names import FrameNames, Run, Texts, join_frames, natural_key, pack_runs, runs_of
+from vac_ddp.data.frame_types import matcher, stranger, types_of
 from vac_ddp.data.video import SUFFIXES as VIDEO_SUFFIXES
 from vac_ddp.data.video_list import SUFFIXES as LIST_SUFFIXES
 from vac_ddp.data.video_list import has_labels, read_list
@@ -68,22 +70,24 @@ class Scan:
     watched: dict[str, int]  # folders above the videos, and the CSV -> mtime in ns
     strays: Strays
     notes: list[str] = field(default_factory=list)  # how a list was read, one line each
+    pattern: str | None = None  # of the file names that are frames
 
 
-def scan_root(root: Path, *, labelled: bool) -> Scan:
+def scan_root(root: Path, *, labelled: bool, pattern: str | None = None) -> Scan:
     """Scan a folder of frames or a CSV. Labelled videos are checked to have a frame that decodes.
 
-    Raises UserError where there is nothing to scan: no such folder, no videos, a CSV line without path or label.
+    pattern: only files of this form are frames. Raises UserError where there is nothing to scan: no such folder, no
+    videos, a CSV line without path or label; and where folders hold several types of pictures.
     """
     if root.is_dir():
-        return _scan_folder(root, labelled=labelled)
+        return _scan_folder(root, labelled=labelled, pattern=pattern)
     if root.is_file():
         if root.suffix.lower() not in LIST_SUFFIXES or (root.suffix != ".csv" and not root.stat().st_size):
             raise UserError(
                 f"{root} is a file and no CSV: give a folder of frames, a packed set, or a CSV (path,label)"
             )
-        return _scan_csv(root, labelled=labelled)
-    raise UserError(f"no such folder: {root} (expected {_layout(labelled)}, a packed set, or a CSV)")
+        return _scan_csv(root, labelled=labelled, pattern=pattern)
+    raise UserError(f"no such folder: {root} (expected {layout(labelled)}, a packed set, or a CSV)")
 
 
 def looks_labelled(root: Path) -> bool:
@@ -99,32 +103,37 @@ def looks_labelled(root: Path) -> bool:
     return deeper
 
 
-def _layout(labelled: bool) -> str:
+def layout(labelled: bool) -> str:
+    """The folders that are expected."""
     return "<class>/<video>/*.jpg" if labelled else "<video>/*.jpg"
 
 
-def _scan_folder(root: Path, *, labelled: bool) -> Scan:
+def _scan_folder(root: Path, *, labelled: bool, pattern: str | None) -> Scan:
     started, base, strays = time.time_ns(), os.path.realpath(root), Strays()
     top, files = _folders_in(base, "", strays)
     if not top:
-        raise UserError(f"{root} has no folders in it{_instead(files)}: expected {_layout(labelled)}")
+        raise UserError(f"{root} has no folders in it{_instead(files)}: expected {layout(labelled)}")
     watched = {"": _trusted(os.stat(base).st_mtime_ns, started)}
     if not labelled:
         names = sorted(top, key=natural_key)
-        return _scan_videos(base, [], np.full(len(names), -1, np.int64), names, watched, strays, started, check=False)
+        none = np.full(len(names), -1, np.int64)
+        task = _Task(root=root, base=base, pattern=pattern, check=False, started=started)
+        return _scan_videos(task, [], none, names, watched, strays)
     classes = class_order(top)
     names, labels = [], []
     with ThreadPoolExecutor(_THREADS) as pool:
         for label, (mtime, videos, loose, seen) in enumerate(pool.map(lambda name: _scan_class(base, name), classes)):
             if not videos and loose:
                 raise UserError(
-                    f"class {classes[label]} of {root} has no videos{_instead(loose)}: expected {_layout(True)}"
+                    f"class {classes[label]} of {root} has no videos{_instead(loose)}: expected {layout(True)}"
+                    f"{_above(root, loose)}"
                 )
             watched[classes[label]] = _trusted(mtime, started)
             strays.add(seen)
             names += [f"{classes[label]}/{video}" for video in sorted(videos, key=natural_key)]
             labels += [label] * len(videos)
-    return _scan_videos(base, classes, np.array(labels, np.int64), names, watched, strays, started, check=True)
+    task = _Task(root=root, base=base, pattern=pattern, check=True, started=started)
+    return _scan_videos(task, classes, np.array(labels, np.int64), names, watched, strays)
 
 
 def class_order(names: Sequence[str]) -> list[str]:
@@ -167,7 +176,13 @@ def _instead(files: list[str]) -> str:
     return ""
 
 
-def _scan_csv(path: Path, *, labelled: bool) -> Scan:
+def _above(root: Path, files: list[str]) -> str:
+    """The remedy where a class folder, or a test folder, was given in place of the folder of classes."""
+    images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in files)
+    return f"; is it the folder of one class? then give {root.resolve().parent}" if images else ""
+
+
+def _scan_csv(path: Path, *, labelled: bool, pattern: str | None) -> Scan:
     started = time.time_ns()
     watched = {os.path.realpath(path): _trusted(path.stat().st_mtime_ns, started)}
     base = os.path.realpath(path.parent)
@@ -176,8 +191,9 @@ def _scan_csv(path: Path, *, labelled: bool) -> Scan:
     classes = class_order(list(set(texts))) if labelled else []
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[text] for text in texts] if labelled else [-1] * len(names), np.int64)
-    found = _scan_videos(base, classes, labels, names, watched, Strays(), started, check=labelled)
-    found.notes = notes
+    task = _Task(root=path, base=base, pattern=pattern, check=labelled, started=started)
+    found = _scan_videos(task, classes, labels, names, watched, Strays())
+    found.notes = [*notes, *found.notes]
     return found
 
 
@@ -192,72 +208,125 @@ def _refuse_video_files(path: Path, base: str, names: list[str]) -> None:
         )
 
 
+@dataclass(kw_only=True)
+class _Task:
+    """What is the same for all videos of a scan."""
+
+    root: Path  # as it was asked for
+    base: str
+    pattern: str | None
+    check: bool  # whether a frame of each video must decode
+    started: int  # time in ns
+
+
 def _scan_videos(
-    base: str,
-    classes: list[str],
-    labels: np.ndarray,
-    names: list[str],
-    watched: dict[str, int],
-    strays: Strays,
-    started: int,
-    *,
-    check: bool,
+    task: _Task, classes: list[str], labels: np.ndarray, names: list[str], watched: dict[str, int], strays: Strays
 ) -> Scan:
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     frames, facts = [], []
+    mixed: dict[str, dict[str, int]] = {}
+    strangers: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        for packed, rows, seen in pool.map(lambda chunk: _scan_chunk(base, chunk, check=check), chunks):
-            frames.append(packed)
-            facts.append(rows)
-            strays.add(seen)
+        for chunk in pool.map(lambda some: _scan_chunk(task, some), chunks):
+            frames.append(chunk.frames)
+            facts.append(chunk.facts)
+            strays.add(chunk.strays)
+            mixed |= chunk.mixed
+            strangers += chunk.strangers
+    if mixed:
+        raise UserError(_mixed_message(task.root, mixed, len(names)))
     table = np.concatenate([np.zeros((0, 3), np.int64), *facts])
     return Scan(
-        base=base,
+        base=task.base,
         classes=classes,
         labels=labels,
         names=Texts.of(names),
         frames=join_frames(frames),
         states=table[:, 0].astype(np.uint8),
         damaged=table[:, 1].copy(),
-        times=np.where(table[:, 2] > started - _FRESH_NS, 0, table[:, 2]),
+        times=np.where(table[:, 2] > task.started - _FRESH_NS, 0, table[:, 2]),
         watched=watched,
         strays=strays,
+        notes=_stranger_notes(task.root, strangers),
+        pattern=task.pattern,
     )
 
 
-def _scan_chunk(base: str, names: list[str], *, check: bool) -> tuple[FrameNames, np.ndarray, Strays]:
-    """Frames of some videos, and rows (state, damaged frames, mtime)."""
+def _mixed_message(root: Path, mixed: dict[str, dict[str, int]], videos: int) -> str:
+    name, types = next(iter(mixed.items()))
+    shown = ", ".join(f"{pattern} ({count})" for pattern, count in types.items())
+    frames = max(types, key=lambda pattern: types[pattern])
+    return (
+        f"{len(mixed)} of {videos} videos of {root} hold several types of pictures, as {name}: {shown}; choose the "
+        f"frames by their file names, e.g. data.frame_pattern={shlex.quote(frames)}"
+    )
+
+
+def _stranger_notes(root: Path, strangers: list[str]) -> list[str]:
+    if not strangers:
+        return []
+    return [
+        f"{root}: {len(strangers)} videos hold a picture that is named unlike their frames and counts as one of them "
+        f"({', '.join(strangers[:_EXAMPLES])}): data.frame_pattern can leave it out"
+    ]
+
+
+@dataclass(kw_only=True)
+class _Chunk:
+    """What some videos are: their frames, rows (state, damaged frames, mtime), and pictures that are no frames."""
+
+    frames: FrameNames
+    facts: np.ndarray
+    strays: Strays
+    mixed: dict[str, dict[str, int]]  # video -> its types of pictures
+    strangers: list[str]
+
+
+def _scan_chunk(task: _Task, names: list[str]) -> _Chunk:
     runs: list[list[Run]] = []
-    rows, strays = [], Strays()
+    rows, strays, strangers = [], Strays(), []
+    mixed: dict[str, dict[str, int]] = {}
+    is_frame = matcher(task.pattern)
     for name in names:
-        folder = os.path.join(base, name)
+        folder = os.path.join(task.base, name)
         found: list[str] = []
         state, damaged, mtime = GOOD, 0, -1
         try:
             mtime = os.stat(folder).st_mtime_ns
-            found = _frames_in(folder, name, strays)
+            found = _frames_in(folder, name, strays, is_frame)
         except (FileNotFoundError, NotADirectoryError):
             state = MISSING
         except OSError:
             state = UNREADABLE
         runs.append(runs_of(found))
+        if len(runs[-1]) > 1:
+            if types := types_of(found):
+                mixed[name] = types
+            elif odd := stranger(found):
+                strangers.append(f"{name}/{odd}")
         if state == GOOD and not found:
             state = EMPTY
-        if state == GOOD and check:
+        if state == GOOD and task.check:
             order = sorted(found, key=natural_key) if len(runs[-1]) > 1 else found
             damaged = bad_frames_before_good(lambda i, order=order, folder=folder: _read(folder, order[i]), len(found))
             state = DAMAGED if damaged == len(found) else GOOD
         rows.append((state, damaged, mtime))
-    return pack_runs(runs), np.array(rows, np.int64).reshape(-1, 3), strays
+    return _Chunk(
+        frames=pack_runs(runs),
+        facts=np.array(rows, np.int64).reshape(-1, 3),
+        strays=strays,
+        mixed=mixed,
+        strangers=strangers,
+    )
 
 
-def _frames_in(folder: str, name: str, strays: Strays) -> list[str]:
+def _frames_in(folder: str, name: str, strays: Strays, is_frame: Callable[[str], bool]) -> list[str]:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name in _LEFTOVERS:
                 strays.hidden += 1
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and is_frame(entry.name) and not entry.is_dir():
                 found.append(entry.name)
             elif entry.name != SOUND:
                 strays.see(f"{name}/{entry.name}")

@@ -19,7 +19,7 @@ from vac_ddp.data.giveaway import nearest_neighbour
 from vac_ddp.data.index import Index, open_as_it_is
 from vac_ddp.data.scan import GOOD, STATES, Scan
 from vac_ddp.data.sources import find_sources
-from vac_ddp.data.split import leak_share, make_split, random_split
+from vac_ddp.data.split import Split, leak_share, make_split, random_split
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import write_json
 from vac_ddp.settings import Config
@@ -108,6 +108,7 @@ def audit(config: Config, *, test: str | None = None, workers: int | None = None
         "remarks": [note for part in sets for note in part.index.notes],
     }
     report["damage"] = {part.name: _damage(part, report) for part in sets}
+    report["damaged_videos"] = {part.name: _damaged_videos(part)[:LISTED] for part in sets}
     parts, groups = _split(sets, config, report)
     report["classes"] = _classes(sets[0], parts[0], report)
     report["duplicates"] = _duplicates(sets, parts, report)
@@ -167,6 +168,9 @@ def _damage(part: Audited, report: dict[str, Any]) -> dict[str, Any]:
         for v, look in enumerate(looks)
         if not look.sizes
     ]
+    if damaged and not any(look.sizes for look in looks):
+        report["findings"].append(f"no frame of any video of the {part.name} decodes, e.g. {damaged[0]}")
+        damaged, lost = [], []
     for some, what in (
         (damaged, f"of {frames} frames of the {part.name} are damaged"),
         (odd, f"of {frames} frames of the {part.name} have another size than the rest of their video"),
@@ -190,14 +194,37 @@ def _damage(part: Audited, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _damaged_videos(part: Audited) -> list[str]:
+    """One line for each video with damaged frames: how many, and what is wrong with the first."""
+    return [
+        f"{part.index.names[video]}: {len(look.damaged)} of {part.index.frame_counts[video]} frames, the first "
+        f"{part.index.frames.name(video, look.damaged[0][0])}: {look.damaged[0][1]}"
+        for video, look in enumerate(part.looks)
+        if look.damaged
+    ]
+
+
 # ---------------------------------------------------------------- split and classes
+
+
+def _make_split(index: Index, config: Config, report: dict[str, Any]) -> Split:
+    """The split of training. Where damage was found, one that cannot be made is a finding behind it, not the end."""
+    try:
+        if len(index):
+            return make_split(index, config.data, seed=config.seed)
+    except UserError as error:
+        if not report["findings"]:
+            raise
+        report["findings"].append(f"what is left cannot be split: {error}")
+    none = np.zeros(0, np.int64)
+    return Split(train=none, val=none, groups=list(index.names), grammar="none", notes=["no split can be made"])
 
 
 def _split(sets: list[Audited], config: Config, report: dict[str, Any]) -> tuple[list[np.ndarray], list[str]]:
     """The part of every video of every set (numbers into PARTS), and the sources of the first one's videos."""
     data = sets[0]
     good = np.flatnonzero(data.found.states == GOOD)
-    split = make_split(data.index.take(good), config.data, seed=config.seed)
+    split = _make_split(data.index.take(good), config, report)
     part = np.full(len(data.index), PARTS.index("unused"), np.int64)
     part[good[split.train]] = PARTS.index("training")
     part[good[split.val]] = PARTS.index("validation")

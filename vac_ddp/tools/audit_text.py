@@ -10,7 +10,7 @@ _PAIRS = 5
 
 def as_text(report: dict[str, Any]) -> str:
     """The whole report; the findings come last, where the eye is."""
-    lines = ["frames (all of them decoded)", *_damage(report["damage"])]
+    lines = ["frames (all of them decoded)", *_damage(report["damage"], report["damaged_videos"])]
     lines += ["", "split", *_split(report["split"])]
     lines += ["", "classes", *_classes(report["classes"])]
     lines += ["", "clips that look the same", *_duplicates(report["duplicates"])]
@@ -24,7 +24,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _damage(damage: dict[str, Any]) -> list[str]:
+def _damage(damage: dict[str, Any], videos: dict[str, list[str]]) -> list[str]:
     lines = []
     for name, seen in damage.items():
         least, median, most = seen["frames_least_median_most"]
@@ -34,8 +34,8 @@ def _damage(damage: dict[str, Any]) -> list[str]:
             f"of odd size {seen['odd_sized']}, videos without a good frame {seen['lost_videos']}",
             f"  {'':<11}{least} to {most} frames a video (median {median}); sizes {sizes or '-'}",
         ]
-        for kind in ("damaged_frames", "odd_sized_frames", "videos_without_frames"):
-            lines += [f"  {'':<11}  {name_}" for name_ in seen[kind][:_PAIRS]]
+        for some in (videos[name], seen["odd_sized_frames"], seen["videos_without_frames"]):
+            lines += [f"  {'':<11}  {line}" for line in some[:_PAIRS]]
     return lines
 
 
