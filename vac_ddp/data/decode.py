@@ -315,7 +315,7 @@ def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "empty file"
     if (known := meaning(data)) is not None:
-        return f"not an image but {known}"
+        return f"not an image (JPEG, PNG, WebP, BMP, GIF) but {known}"
     text = " ".join(str(error).split())
     if "Could not determine subsampling" in text or "cannot identify image file" in text:
         return "not an image (JPEG, PNG, WebP, BMP, GIF), or without a readable header"
