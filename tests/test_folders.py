@@ -187,7 +187,9 @@ def test_pointers_in_place_of_frames_are_named_everywhere(
     root = tree(tmp_path / "d")
     for file in root.rglob("*.jpg"):
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12345\n")
-    assert "run/v0/0001.jpg: not an image (JPEG, PNG, WebP, BMP, GIF) but a git-lfs pointer" in fails(root, tmp_path / "c")
+    assert "run/v0/0001.jpg: not an image (JPEG, PNG, WebP, BMP, GIF) but a git-lfs pointer" in fails(
+        root, tmp_path / "c"
+    )
     assert cli.main(["audit", str(root)]) == 3
     printed = capsys.readouterr().out
     findings = printed[printed.index("findings:") :]
