@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.sweep import VALUES, numeric_settings, sweep_together, sweep_words
 from vac_ddp import checks, config
 from vac_ddp.cli import run
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.settings import Bounds, Config
-
-VALUES = ("-1", "0", "1", "1e30", "nan", "inf", "")
 
 
 def parsed(*words: str) -> Config:
@@ -165,19 +164,10 @@ def test_exceptions_for_the_user_are_one_line_at_every_outlet(capsys: pytest.Cap
 # ---------------------------------------------------------------- numbers
 
 
-def number_settings() -> list[str]:
-    """The settings with numbers in them."""
-    return [name for name, f in checks.leaves().items() if {"int", "float"} & set(words_of(checks.type_name(f.type)))]
-
-
-def words_of(text: str) -> list[str]:
-    return "".join(c if c.isalpha() else " " for c in text).split()
-
-
 def test_every_number_has_bounds_and_help_shows_them() -> None:
     text = config.help_text("train", "about")
-    assert len(number_settings()) > 60
-    for name in number_settings():
+    assert len(numeric_settings()) > 60
+    for name in numeric_settings():
         bounds = checks.leaves()[name].metadata["bounds"]
         assert bounds is not None, f"{name} is a number without bounds: give low=, high=, above= or below="
         assert bounds.low is not None or bounds.above is not None, f"{name} has no lower bound"
@@ -257,6 +247,19 @@ def test_numbers_of_other_commands_have_bounds_too() -> None:
         assert "expected" in str(caught.value) or "a number of ranks" in str(caught.value), words
 
 
+def test_every_number_at_every_value_is_refused_or_runs_one_step(tmp_path: Path) -> None:
+    """Accepted values share runs where they can (tests/long/settings.py gives each a run of its own)."""
+    words = sweep_words()
+    assert len(words) == len(numeric_settings()) * len(VALUES) > 500
+    outcomes = sweep_together(words, tmp_path)
+    assert outcomes.refused.keys() | outcomes.ran.keys() == set(words)
+    assert set(outcomes.ran.values()) == {1}
+    assert len(outcomes.ran) > 80
+    for word, line in outcomes.refused.items():
+        assert len(line.splitlines()) == 1, word
+        assert word.partition("=")[0] in line, (word, line)
+
+
 # ---------------------------------------------------------------- fuzz
 
 
@@ -309,7 +312,7 @@ def fuzz(cases: int, seed: int, path: Path) -> int:
             path.write_text(config.to_yaml(read), encoding="utf-8")
             assert config.read_yaml(path) == read, words
         assert config.from_dict(config.to_dict(read), where="x") == read, words
-        for name in number_settings():
+        for name in numeric_settings():
             value = functools.reduce(getattr, name.split("."), read)
             numbers = value if isinstance(value, list | tuple) else [value]
             assert all(n in checks.leaves()[name].metadata["bounds"] for n in numbers if isinstance(n, int | float))
