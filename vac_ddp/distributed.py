@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from vac_ddp.errors import UserError, plain
+from vac_ddp.parent import signal_when_parent_dies
 
 Result = TypeVar("Result")
 
@@ -81,11 +84,17 @@ def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
     torchrun's agent keeps its store over --max-restarts, so that a restarted rank could read the address that its
     neighbour had in the attempt before, and fail (seen with torch 2.15). Agents of several machines count restarts
     each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes the store new (the SLURM scripts set it).
+    Ranks whose agent is killed are signalled: nobody else would end them, and they hold the run's lock.
     """
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not one_machine:
         return None
+    signal_when_parent_dies(signal.SIGTERM)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # the store is older than this process; torch would try for as long as the timeout
+        socket.create_connection((host, port), timeout=60).close()
+    except OSError as error:
+        raise UserError(f"no torchrun at {host}:{port}, which started this rank ({error}): was it killed?") from error
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import multiprocessing
 import os
 import signal
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,6 +21,7 @@ from vac_ddp.data.processes import LoaderContext
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
+from vac_ddp.parent import signal_when_parent_dies
 from vac_ddp.settings import ClipSettings
 
 FILE_BYTES = 1 << 19  # of a large frame; a 1280x720 JPEG of quality 90 takes 200 KB
@@ -44,10 +43,7 @@ def _die_with_parent() -> None:
 
     Without it, one whose pipe is full of batches waits for a reader for ever: it holds the reading end itself.
     """
-    if sys.platform != "linux":
-        return
-    set_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    signal_when_parent_dies(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it went before we asked
         os._exit(1)
