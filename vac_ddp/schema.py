@@ -99,8 +99,7 @@ def mismatch(file: str | Path, field: str, expected: str, found: str, remedy: st
 def _check(value: Any, kind: Any, field: str) -> None:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        _check(value, arguments[0], field)
-        if not _keeps(value, arguments[1]):
+        if fault(value, arguments[0]) or not _keeps(value, arguments[1]):
             raise _Mismatch(field, expected(kind), shown(value))
     elif origin in (typing.Union, types.UnionType):
         _check_union(value, kind, arguments, field)
@@ -330,11 +329,14 @@ def _read_array(
 
 def read_array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """(shape, Fortran order, dtype) at the head of a .npy stream. Raises ValueError for anything else."""
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version} of the npy format")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, kind = read(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, kind = read(stream)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # numpy parses it as Python, with whatever that raises
+        raise ValueError(f"no npy header ({type(error).__name__})") from None
     if any(size < 0 for size in shape):
         raise ValueError(f"the shape {shape}")
     return shape, fortran, kind
