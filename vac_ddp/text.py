@@ -14,7 +14,8 @@ import re
 import sys
 from typing import Any
 
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+from vac_ddp.errors import UNPRINTABLE, one_line
+
 _CODE = r"[tnr]|x[0-9a-f]{2}|u[0-9a-f]{4}"
 _UNSAFE = re.compile(rf"{UNPRINTABLE.pattern}|\\(?={_CODE})")
 _WRITTEN = re.compile(rf"\\({_CODE})")
@@ -50,7 +51,7 @@ def printable_values(value: Any) -> Any:
 
 
 def _code(found: re.Match[str]) -> str:
-    return "\\x5c" if found[0] == "\\" else found[0].encode("unicode_escape").decode("ascii")
+    return "\\x5c" if found[0] == "\\" else one_line(found[0])
 
 
 def encoded(text: str) -> bytes:

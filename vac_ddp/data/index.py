@@ -26,6 +26,7 @@ from vac_ddp.settings import DataSettings
 from vac_ddp.text import escaped
 
 _NAMED = 5
+_LONGEST = 1000  # characters of a class name: CSV readers take fields of 131,072
 
 
 @dataclass(kw_only=True, eq=False)
@@ -269,6 +270,11 @@ def _check_classes(index: Index, classes: list[str] | None) -> None:
                 f"{remedy}"
             )
         return
+    endless = next((name for name in index.classes if len(name) > _LONGEST), None)
+    if endless is not None:
+        raise UserError(
+            f"{index.root} has a class name of {len(endless)} characters ({endless[:40]}...): at most {_LONGEST}"
+        )
     if hollow:
         raise UserError(
             f"{len(hollow)} classes of {index.root} have no videos ({', '.join(hollow[:_NAMED])}): "
