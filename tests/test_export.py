@@ -15,11 +15,11 @@ from tests.support import shared
 from tests.test_hf_adapter import tiny
 from vac_ddp import config as settings_io
 from vac_ddp.errors import UserError
-from vac_ddp.files import write_json
+from vac_ddp.files import whole_folder, write_json
 from vac_ddp.models import file_state, load_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 from vac_ddp.tools import export as export_tool
-from vac_ddp.tools.export import compare, export, main, whole_directory
+from vac_ddp.tools.export import compare, export, main
 
 CLASSES = ["brush_hair", "chew", "climb"]
 TINY = {"weights": None, "width": 16, "depth": 2, "heads": 2, "patch": 8, "head_init_scale": 50.0}
@@ -321,14 +321,14 @@ def test_a_directory_is_whole_or_absent(tmp_path):
     out = tmp_path / "deep" / "out"
 
     def fail() -> None:
-        with whole_directory(out) as folder:
+        with whole_folder(out) as folder:
             (folder / "half").write_text("half")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert list(out.parent.iterdir()) == []
-    with whole_directory(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "all").write_text("all")
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == ["all"]

@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,7 +81,7 @@ def export(run: Path, out: Path, *, onnx: bool = False, data: str | None = None)
     if reason and not onnx:
         raise UserError(f"transformers cannot represent this model: {reason}; --onnx writes it as an ONNX file")
     probes, notes = _probes(config, loaded, data)
-    with whole_directory(out) as folder:
+    with files.whole_folder(out) as folder:
         compared = []
         if reason is None:
             _write_hf(folder, model, config, loaded, classes)
@@ -307,31 +304,6 @@ def _real_clips(root: Path, config: Config) -> Tensor:
 
 
 # ---------------------------------------------------------------- files
-
-
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when everything in it is written, and is removed otherwise."""
-    partial = out.with_name(f"{out.name}.{os.getpid()}{files.PARTIAL}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write beside {out}: {error.strerror}") from error
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        if out.exists():
-            raise UserError(f"{out} appeared meanwhile: give another directory")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    files.flush_directory(out.parent)
 
 
 def _card(

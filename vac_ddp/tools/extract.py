@@ -7,10 +7,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
-import shutil
-import socket
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +18,7 @@ from typing import Any, NoReturn
 from vac_ddp.checks import number
 from vac_ddp.data.video import SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import DONE, FINDINGS, UserError
-from vac_ddp.files import PARTIAL, flush_directory, write_json
+from vac_ddp.files import sweep_folders, whole_folder, write_json
 from vac_ddp.schema import read_json
 
 RECORD = ".extract.json"  # what OUT was extracted with
@@ -240,35 +237,9 @@ def _spell(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
-def _partial(folder: Path) -> Path:
-    """Where a folder is made: short, as the name of a video may be as long as the file system allows."""
-    number = zlib.crc32(os.fsencode(folder.name))
-    return folder.with_name(f".{number:08x}.{_host()}-{os.getpid()}{PARTIAL}")
-
-
-def _host() -> str:
-    return socket.gethostname().replace(".", "_")[:64]
-
-
 def sweep(out: Path) -> list[Path]:
     """Remove what killed processes of this machine left half done below `out`."""
-    swept = []
-    for folder in out.rglob(f".*{PARTIAL}"):
-        host, _, process = folder.name.removesuffix(PARTIAL).rpartition(".")[2].rpartition("-")
-        if folder.is_dir() and host == _host() and process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-            swept.append(folder)
-    return swept
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return [path for root, _, _ in os.walk(out) for path in sweep_folders(Path(root))]
 
 
 def _run(todo: list[Job], *, workers: int, progress: bool) -> Iterator[Outcome]:
@@ -336,9 +307,7 @@ def extract_one(root: Path, source: Path, folder: Path, options: Options) -> Out
 
 
 def _extract(video: VideoFile, folder: Path, options: Options, outcome: Outcome) -> None:
-    partial = _partial(folder)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         outcome.frames = write_frames(
             video,
             partial,
@@ -352,20 +321,6 @@ def _extract(video: VideoFile, folder: Path, options: Options, outcome: Outcome)
         outcome.faults = video.faults
         if video.faults:
             (partial / FAULTS).write_text("\n".join(video.faults), encoding="utf-8")
-        for path in partial.iterdir():
-            _flush(path)
-        partial.rename(folder)
-        flush_directory(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +20,7 @@ from vac_ddp.data.index_file import write_scan
 from vac_ddp.data.pack import INDEX, MARK, OFFSETS, VERSION, is_pack, read_facts
 from vac_ddp.data.scan import looks_labelled
 from vac_ddp.errors import DONE, FINDINGS, UserError
-from vac_ddp.files import flush_directory, sha256, write_atomic, write_json
+from vac_ddp.files import sha256, whole_folder, write_atomic, write_json
 from vac_ddp.settings import DataSettings
 
 _BATCH = 64  # frames that one thread reads at a time
@@ -113,9 +111,7 @@ def pack(
     if labelled is None:
         labelled = data.exists() and looks_labelled(data)
     index, found = open_as_it_is(data, labelled=labelled, settings=settings or DataSettings())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
-    try:
+    with whole_folder(out) as partial:
         done, shards, offsets = _write_shards(index, partial, shard_bytes, workers)
         write_atomic(partial / OFFSETS, lambda stream: np.save(stream, offsets))
         nowhere = replace(found, base="", watched={}, times=np.zeros_like(found.times))
@@ -129,17 +125,6 @@ def pack(
             "files": [_file_facts(partial / name) for name in (INDEX, OFFSETS)],
         }
         write_json(partial / MARK, facts)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-        flush_directory(out.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return done
 
 
@@ -224,9 +209,3 @@ def _read_all(index: Index, workers: int) -> Iterator[tuple[int, int, bytes | No
 
 def _file_facts(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

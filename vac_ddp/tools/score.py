@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from vac_ddp.errors import UserError
-from vac_ddp.files import write_json, write_text
+from vac_ddp.files import whole_folder, write_json, write_text
 from vac_ddp.inference import evaluation, scoring, submission
 from vac_ddp.inference.viewsfile import Views, read_views
 
@@ -181,22 +181,21 @@ def _write(
 ) -> None:
     numbers = mixed.argmax(axis=1).tolist()
     answers = [str(n) if options.answer == "index" else first.classes[n] for n in numbers]
-    submission.write_submission(
-        out / "submission.csv", first.ids, answers, sample=options.sample, scores=mixed, classes=first.classes
-    )
-    write_text(out / "scores.csv", submission.scores_text(first.ids, mixed, first.classes))
-    write_json(
-        out / "ensemble.json",
-        {
+    with whole_folder(out) as folder:
+        submission.write_submission(
+            folder / "submission.csv", first.ids, answers, sample=options.sample, scores=mixed, classes=first.classes
+        )
+        write_text(folder / "scores.csv", submission.scores_text(first.ids, mixed, first.classes))
+        about = {
             "files": [str(path) for path in options.views],
             "method": options.method,
             "weights": fitted.weights.tolist(),
             "temperatures": fitted.temperatures,
             "subset": options.subset,
-        },
-    )
-    if found is not None:
-        evaluation.write_evaluation(out, found)
+        }
+        write_json(folder / "ensemble.json", about)
+        if found is not None:
+            evaluation.write_evaluation(folder, found)
 
 
 if __name__ == "__main__":

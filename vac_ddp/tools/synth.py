@@ -15,7 +15,6 @@ import functools
 import itertools
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,7 @@ import numpy as np
 
 from vac_ddp.checks import number
 from vac_ddp.errors import UserError
-from vac_ddp.files import PARTIAL, write_json, write_text
+from vac_ddp.files import whole_folder, write_json, write_text
 from vac_ddp.schema import read_json
 
 EVENTS = ("move", "grow", "turn")
@@ -223,11 +222,9 @@ def write_dataset(out: Path, recipe: Recipe, *, workers: int) -> int:
     """Write the whole data set; returns the number of frames. `out` appears complete or not at all."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there and is not this data set: give another folder, or remove it")
-    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL}")
     videos = plan(recipe)
-    write = functools.partial(write_video, recipe, root=partial)
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(out) as partial:
+        write = functools.partial(write_video, recipe, root=partial)
         if workers > 1:
             with ProcessPoolExecutor(workers) as pool:
                 frames = sum(pool.map(write, videos, chunksize=16))
@@ -236,9 +233,6 @@ def write_dataset(out: Path, recipe: Recipe, *, workers: int) -> int:
         rows = sorted((int(Path(v.folder).name), v.class_name) for v in videos if v.part == 1)
         write_text(partial / "test_labels.csv", "".join(f"{i},{name}\n" for i, name in [("id", "class"), *rows]))
         write_json(partial / FACTS, {**asdict(recipe), "classes": recipe.classes, "ceiling": recipe.ceiling})
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return frames
 
 
