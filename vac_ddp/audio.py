@@ -61,10 +61,12 @@ def sound_length(path: Path) -> int:
             return sound.getnframes()
     except FileNotFoundError:
         return 0
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"no whole WAV file ({error or 'cut off'})") from None
     except OSError as error:
         raise ValueError(error.strerror) from None
+    except ValueError:
+        raise
+    except Exception as error:  # wave.Error, EOFError, struct.error, ...
+        raise ValueError(f"no whole WAV file ({error or 'cut off'})") from None
 
 
 def read_window(path: Path, start: int, length: int) -> np.ndarray:

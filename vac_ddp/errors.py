@@ -58,6 +58,14 @@ def plain(error: BaseException) -> BaseException:
     return error
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong with one item, for a list of them: the message, with its type where that is not ours."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
+        return error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 def exit_status(error: BaseException | None) -> int:
     """The exit status that stands for `error` (None: it went well)."""
     if error is None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vac_ddp.errors import UserError
+from vac_ddp.errors import UserError, one_line
 from vac_ddp.text import encoded
 
 PARTIAL = ".partial"  # the end of the names of what is not whole yet
@@ -28,7 +28,7 @@ class WriteError(UserError, OSError):
     """Something that cannot be written. Whoever goes on without it sees an OSError, a user one line."""
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return one_line(str(self.args[0]))
 
 
 @contextlib.contextmanager
@@ -122,6 +122,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 if os.path.lexists(out):
                     raise WriteError(f"cannot write {out}: it appeared meanwhile; give another name")
                 partial.rename(out)
+        except WriteError as error:
+            error.args = (str(error).replace(str(partial), str(out)),)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     flush_directory(out.parent)

@@ -24,6 +24,7 @@ from vac_ddp.data.decode import (
     frame_size,
     plain_jpeg_size,
 )
+from vac_ddp.errors import reason
 
 _Made = TypeVar("_Made")
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -115,8 +116,8 @@ class FrameReader:
                 return make(self.bytes_of(candidate), tolerant)
             except DamagedFrame as error:
                 self.damaged.setdefault(candidate, str(error))
-            except OSError as error:
-                self.damaged.setdefault(candidate, error.strerror or str(error))
+            except Exception as error:  # a broken packed set, no memory: one frame ends no run
+                self.damaged.setdefault(candidate, reason(error))
         raise NoFrame(self.damaged)
 
     def _candidates(self, frame: int) -> Iterator[tuple[int, bool]]:
@@ -131,7 +132,7 @@ class FrameReader:
         """The files of `frames`, kept until the next call; None for one that cannot be read, which `use` then meets."""
         self._files = {}
         for frame in frames:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 known = self._last is not None and self._last[0] == frame
                 self._files[frame] = self._last[1] if known else self.read(frame)
         return [self._files.get(frame) for frame in frames]

@@ -28,7 +28,7 @@ from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.sampling import AUGMENT, FRAMES, ORDER, generator
 from vac_ddp.data.split import Split, make_split, read_split
 from vac_ddp.engine.run_dir import read_classes
-from vac_ddp.errors import Findings, UserError
+from vac_ddp.errors import Findings, UserError, reason
 from vac_ddp.files import sha256, write_atomic
 from vac_ddp.inference import evaluation, scoring
 from vac_ddp.inference.viewsfile import NAME as VIEWS
@@ -65,16 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_atomic(out / WEIGHTS, lambda stream: torch.save(content, stream))
     counts = np.bincount(index.labels[split.train], minlength=len(index.classes))
-    damaged = list(sounds.damaged)
+    read = [sounds]
     for name, part, groups in _parts(index, val_index, split, options, config):
         heard = sounds if part is index else Sounds(part)
-        damaged += [] if heard is sounds else heard.damaged
+        read += [] if heard is sounds else [heard]
         videos = split.val if part is index else np.arange(len(part), dtype=np.int64)
         head, logits = hear(model, heard, videos, groups, counts, classes=content["classes"], windows=options.windows)
         head.about |= {"weights": sha256(out / WEIGHTS), "settings": content["settings"]}
         head.about |= {"versions": {"vac_ddp": __version__, "torch": torch.__version__}}
         write_views(out / name / VIEWS, head, [logits])
         _say(out / name)
+    damaged = [line for some in read for line in some.damaged]
     if damaged:
         raise Findings(f"{len(damaged)} sounds cannot be used: {'; '.join(damaged[:NAMED])}")
     return 0
@@ -178,8 +179,18 @@ class Sounds:
     def windows(self, asked: Sequence[tuple[int, int]], length: int) -> torch.Tensor:
         """Samples (n, length) int16 of the windows (video, first sample)."""
         with ThreadPoolExecutor(8) as pool:
-            rows = list(pool.map(lambda one: audio.read_window(self.paths[one[0]], one[1], length), asked))
+            rows = list(pool.map(lambda one: self._window(*one, length), asked))
         return torch.from_numpy(np.stack(rows))
+
+    def _window(self, video: int, start: int, length: int) -> np.ndarray:
+        """Silence where the file cannot be read, though its header could: from then on it counts as silent."""
+        try:
+            return audio.read_window(self.paths[video], start, length)
+        except Exception as error:
+            if self.lengths[video]:
+                self.damaged.append(f"{self.paths[video]}: {reason(error)}")
+            self.lengths[video] = 0
+            return np.zeros(length, np.int16)
 
 
 # ---------------------------------------------------------------- training and prediction

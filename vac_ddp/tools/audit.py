@@ -20,7 +20,7 @@ from vac_ddp.data.index import Index, open_as_it_is
 from vac_ddp.data.scan import GOOD, STATES, Scan
 from vac_ddp.data.sources import find_sources
 from vac_ddp.data.split import Split, leak_share, make_split, random_split
-from vac_ddp.errors import DONE, FINDINGS, UserError
+from vac_ddp.errors import DONE, FINDINGS, UserError, reason
 from vac_ddp.files import write_json
 from vac_ddp.settings import Config
 from vac_ddp.tools.audit_text import as_text
@@ -137,8 +137,8 @@ def look_at(index: Index, video: int) -> Look:
         except DamagedFrame as error:
             look.damaged.append((frame, str(error)))
             continue
-        except OSError as error:
-            look.damaged.append((frame, error.strerror or str(error)))
+        except Exception as error:  # whatever is wrong with one frame, the others are looked at
+            look.damaged.append((frame, reason(error)))
             continue
         sizes[frame] = (height, width)
         if frame in hashed and (found := duplicates.hash_frame(pixels)) is not None:

@@ -192,7 +192,7 @@ def _read_all(index: Index, workers: int) -> Iterator[tuple[int, int, bytes | No
         for frame in frames:
             try:
                 found.append((video, frame, contents(frame)))
-            except OSError:
+            except Exception:  # one frame ends nothing; it is named
                 found.append((video, frame, None))
         return found
 

@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from vac_ddp.errors import UserError
+from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.report import plots
 from vac_ddp.report.lines import MetricsLine, read_metrics
+from vac_ddp.tools.items import each
 
 ABOUT = "Draw loss, accuracy, learning rate and speed of several runs side by side."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the runs and write the picture; returns the exit status."""
+    """Read the runs and write the picture; returns the exit status: 3 where a run was left out."""
     parser = argparse.ArgumentParser(prog="vac plot", description=ABOUT, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
     parser.add_argument("--out", metavar="FILE", default="curves.png", help="what to write (default: curves.png)")
@@ -25,11 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(options.out).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: a name that ends in .png")
-    curves = {name: read_curves(Path(run).expanduser()) for name, run in named(options.runs).items()}
-    picture = plots.compare(curves)
+    paths = named(options.runs)
+    read, problems = each(paths, lambda name: (name, read_curves(Path(paths[name]))))
+    if not read:
+        raise UserError(problems[0])
+    picture = plots.compare(dict(read))
     write_atomic(out, lambda stream: stream.write(picture))
-    print(f"curves  {out}")
-    return 0
+    print("\n".join([f"curves  {out}", *problems]))
+    return FINDINGS if problems else DONE
 
 
 def _usage(message: str) -> NoReturn:

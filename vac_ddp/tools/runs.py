@@ -15,9 +15,10 @@ from vac_ddp import config as settings_io
 from vac_ddp.engine import discarded
 from vac_ddp.engine.lock import is_held
 from vac_ddp.engine.run_dir import flat
-from vac_ddp.errors import UserError
+from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.report.lines import MetricsLine, number, read_metrics
 from vac_ddp.schema import Count, read_json
+from vac_ddp.tools.items import each
 
 ABOUT = "List the runs below a folder: state, step, best validation figures, and the settings in which they differ."
 # Where a run lives and how it is watched makes no other result.
@@ -46,7 +47,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; returns the exit status."""
+    """Print the table; returns the exit status: 3 where a run cannot be read."""
     parser = argparse.ArgumentParser(prog="vac runs", description=ABOUT, allow_abbrev=False)
     parser.add_argument("folder", metavar="DIR", help="a folder with run directories in it")
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
@@ -55,8 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     found = find_runs(root)
     if not found:
         raise UserError(f"{root} has no run in it: no folder with a config.yaml and a log.txt")
-    print("\n".join(table([read_run(path, str(path.relative_to(root))) for path in found])))
-    return 0
+    runs, problems = each(found, lambda path: read_run(path, str(path.relative_to(root))))
+    print("\n".join(table(runs) + problems))
+    return FINDINGS if problems else DONE
 
 
 def _usage(message: str) -> NoReturn:

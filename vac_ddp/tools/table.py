@@ -12,9 +12,10 @@ from typing import NoReturn
 
 from vac_ddp import config as settings_io
 from vac_ddp.engine.run_dir import flat
-from vac_ddp.errors import UserError
+from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import write_text
 from vac_ddp.report.lines import number, read_metrics
+from vac_ddp.tools.items import each
 
 ABOUT = "A table of the best validation accuracy of several runs; folds and seeds of one setting as mean and deviation."
 REPEATED = ("seed", "data.fold")  # settings in which runs of one line may differ
@@ -74,17 +75,17 @@ def text(table: Sequence[Line]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the runs and print the table; returns the exit status."""
+    """Read the runs and print the table; returns the exit status: 3 where a run was left out."""
     parser = argparse.ArgumentParser(prog="vac table", description=ABOUT, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--out", metavar="CSV", help="write the table as CSV as well")
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     runs = [Path(run).expanduser() for run in options.runs]
-    for run in runs:
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run} is no run directory: it has no config.yaml")
-    table = lines(runs)
+    good, problems = each(runs, check)
+    if not good:
+        raise UserError(problems[0])
+    table = lines(good)
     print("best validation accuracy, mean and deviation over seeds and folds")
     print("\n".join(text(table)))
     if options.out:
@@ -94,7 +95,18 @@ def main(argv: list[str] | None = None) -> int:
             means = f"{statistics.mean(line.top1):.6f},{spread},{statistics.mean(line.loss):.6f}"
             rows.append(f"{' '.join(line.words)},{len(line.top1)},{means}")
         write_text(options.out, "\n".join(rows) + "\n")
-    return 0
+    if problems:
+        print("\n".join(["left out", *problems]))
+    return FINDINGS if problems else DONE
+
+
+def check(run: Path) -> Path:
+    """The run, whose settings and best validation can be read; else an error says why not."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run directory: it has no config.yaml")
+    settings_io.read_yaml(run / "config.yaml")
+    best_validation(run)
+    return run
 
 
 def _usage(message: str) -> NoReturn:
