@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from tests.frame_data import picture
+from tests.frame_data import picture, write_video
 from tests.image_files import GIF_IMAGE, claiming, encode, png
+from tests.runs import Workplace
 from tests.support import REPO, environment
 from vac_ddp.data import decode as decode_module
 from vac_ddp.data.decode import DamagedFrame, decode_frame, frame_size, plain_jpeg_size
@@ -56,6 +57,54 @@ def test_other_formats_are_not_opened(kind: str, trap: Path) -> None:
     with pytest.raises(DamagedFrame):
         frame_size(data)
     assert not decodes(data)
+    assert not trap.exists()
+
+
+COMMANDS = """
+import os, sys
+from pathlib import Path
+from PIL import Image
+from vac_ddp import load, predict
+from vac_ddp.cli import main
+data, cache, run = sys.argv[1:]
+statuses = [
+    main(["init", data, "--out", "made.yaml"]),
+    main(["audit", data, "--test", data + "/good", "--json", "audit.json"]),
+    main(["pack", data, "packed", "--cache", cache]),
+    main(["audit", "packed"]),
+    main(["train", f"--config={os.path.dirname(data)}/tiny.yaml", f"data.train={data}", f"data.val={data}",
+          f"data.cache={cache}", f"run.dir={run}", "data.on_bad_video=skip", "data.max_damaged=1", "data.workers=0",
+          "train.max_steps=2"]),
+    main(["predict", "--run", run, "--data", data + "/disguised", "--out", "predicted"]),
+    main(["predict", "--run", run, "--data", "packed", "--out", "predicted_pack"]),
+    main(["report", run]),
+    main(["export", run, "exported", "--data", data]),
+    main(["extract", data + "/disguised", "extracted"]),
+    main(["audio", data, "--out", "sound", "data.on_bad_video=skip", "data.max_damaged=1"]),
+]
+print("statuses", *statuses)
+print(len(predict(load(run), data + "/disguised")))
+"""
+
+
+@pytest.mark.fault
+def test_no_command_starts_ghostscript(trap: Path, tmp_path: Path) -> None:
+    """Ten formats in files that are called .jpg, in every command that reads frames."""
+    place = Workplace(tmp_path / "place")
+    data = tmp_path / "place" / "data"
+    for kind in DISGUISED:
+        folder = data / "disguised" / kind
+        folder.mkdir(parents=True)
+        for name in ("0001.jpg", "0002.png", "clip.mp4"):
+            (folder / name).write_bytes(encode(RGB, kind))
+    for label in ("good", "other", "disguised"):
+        for number in range(4):
+            write_video(data / label / f"v{number}", 5, seed=number)
+    done = place.python("-c", COMMANDS, data, tmp_path / "cache", tmp_path / "run")
+    assert "statuses" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "place" / "predicted" / "submission.csv").exists(), done.stdout + done.stderr
+    assert (tmp_path / "run" / "report.html").exists(), done.stdout + done.stderr
     assert not trap.exists()
 
 
