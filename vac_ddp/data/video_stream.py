@@ -101,6 +101,7 @@ class Picture:
         self.damaged = self.read = 0  # frames, packets
         self.size: tuple[int, int] | None = None
         self.scaler: VideoReformatter | None = None
+        self.how = ""
 
     def __enter__(self) -> Picture:
         return self
@@ -171,10 +172,10 @@ class Picture:
             width, height = frame.width * (aspect if aspect > 0 else 1.0), float(frame.height)
             shrink = 1.0 if short_side is None else min(1.0, short_side / min(width, height))
             self.size = max(1, round(width * shrink)), max(1, round(height * shrink))
+            self.how = "AREA" if shrink < 1 else "BICUBIC"  # the latter is the ffmpeg program's
             self.scaler = VideoReformatter()
         width, height = self.size
-        how = "AREA" if width * height < frame.width * frame.height else "BICUBIC"  # BICUBIC: as the ffmpeg program
-        image = self.scaler.reformat(frame, width=width, height=height, format="rgb24", interpolation=how)
+        image = self.scaler.reformat(frame, width=width, height=height, format="rgb24", interpolation=self.how)
         return np.ascontiguousarray(_oriented(image.to_ndarray(), frame))
 
 

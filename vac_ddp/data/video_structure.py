@@ -13,7 +13,7 @@ import numpy as np
 def bytes_missing(source: Path) -> str | None:
     """Compare a file's length with what its container declares; a line where bytes are missing.
 
-    Known: RIFF (AVI), boxes (MP4, MOV, 3GP) and EBML (Matroska, WebM).
+    Known: RIFF (AVI), boxes (MP4, MOV, 3GP), EBML (Matroska, WebM), packets of 188 bytes (MPEG-TS).
     """
     length = source.stat().st_size
     with source.open("rb") as stream:
@@ -24,9 +24,16 @@ def bytes_missing(source: Path) -> str | None:
             declared = _end_of_boxes(stream, length)
         elif head[:4] == b"\x1a\x45\xdf\xa3":
             declared = _end_of_segment(stream)
+        elif _is_transport_stream(stream):
+            declared = -(-length // 188) * 188
         else:
             return None
     return f"cut off: {length} of {declared} bytes are there" if declared > length else None
+
+
+def _is_transport_stream(stream: BinaryIO) -> bool:
+    """Whether the first packets begin as those of an MPEG-TS do (ISO 13818-1, 2.4.3.2)."""
+    return all(stream.seek(188 * i) == 188 * i and stream.read(1) == b"G" for i in range(5))
 
 
 def avi_packets(source: Path, stream: int) -> int:

@@ -1,0 +1,136 @@
+"""Reading video files: PyAV in this process against an ffmpeg process, on one core.
+
+`python -m benchmarks.video [FILES...]` measures, file by file and in turns, all frames to RGB arrays and 16 frames
+spread over the file, as a clip of a training step would need. `--old PY` also runs an earlier reader: a file with
+`read_frames(path)`. Needs the ffmpeg and ffprobe programs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import about_line, arguments, machine, table, write
+from vac_ddp.data.video import VideoFile
+from vac_ddp.errors import UserError
+
+FRAMES = 16
+FILES = {  # name: what ffmpeg encodes; 320x240 as HMDB51 and UCF101, 1280x720 as phones
+    "320x240 H.264 mp4": ("a.mp4", 320, 240, "-c:v libx264 -pix_fmt yuv420p -g 250"),
+    "320x240 MPEG-4 avi": ("a.avi", 320, 240, "-c:v mpeg4 -q:v 4 -bf 2"),
+    "1280x720 H.264 mp4": ("b.mp4", 1280, 720, "-c:v libx264 -pix_fmt yuv420p -g 60"),
+}
+
+
+def ffmpeg_frames(path: Path, *before: str, filters: str = "") -> Iterator[np.ndarray]:
+    """All frames by an ffmpeg process, read from its pipe: (H, W, 3) uint8."""
+    asked = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries", "stream=width,height", "-of", "csv=p=0"]
+    width, height = map(int, subprocess.check_output([*asked, str(path)], text=True).strip().strip(",").split(",")[:2])
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", *before, "-i", str(path), "-fps_mode", "passthrough"]
+    command += [*(["-vf", filters] if filters else []), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    size = width * height * 3
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=size) as process:
+        assert process.stdout is not None
+        while len(data := process.stdout.read(size)) == size:
+            yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+def ffmpeg_some(path: Path, numbers: list[int], rate: float) -> list[np.ndarray]:
+    """Single frames, one process each that seeks: the faster of ffmpeg's two ways for long files."""
+    return [
+        next(ffmpeg_frames(path, "-ss", f"{max(0.0, (n - 0.25) / rate):.4f}", filters="select=eq(n\\,0)"))
+        for n in numbers
+    ]
+
+
+def ffmpeg_select(path: Path, numbers: list[int]) -> list[np.ndarray]:
+    """Single frames, one process that decodes all of the file and writes those."""
+    chosen = "+".join(f"eq(n\\,{number})" for number in numbers)
+    return list(ffmpeg_frames(path, filters=f"select={chosen}"))
+
+
+def ways(path: Path, rate: float, old: Any) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Name of a way -> frames it delivers, and the call."""
+    video = VideoFile(path=path)
+    where = video.table()
+    total = len(where)
+    some = np.linspace(0, total - 1, FRAMES).astype(int).tolist()
+    found = {
+        "all, PyAV (ours)": (total, lambda: sum(1 for _ in video.frames())),
+        "all, ffmpeg process": (total, lambda: sum(1 for _ in ffmpeg_frames(path))),
+        f"{FRAMES}, PyAV (ours)": (FRAMES, lambda: video.frames_at(some, where)),
+        f"{FRAMES}, ffmpeg, seeking": (FRAMES, lambda: ffmpeg_some(path, some, rate)),
+        f"{FRAMES}, ffmpeg, decoding all": (FRAMES, lambda: ffmpeg_select(path, some)),
+        "table of frames": (total, video.table),
+    }
+    if old is not None:
+        found["all, the reader before"] = (total, lambda: sum(1 for _ in old.read_frames(path)))
+    return found
+
+
+def measure(path: Path, rate: float, rounds: int, old: Any) -> list[list[Any]]:
+    """Rows (way, frames a second, milliseconds a call), medians over rounds in turns."""
+    seconds: dict[str, list[float]] = {}
+    known = ways(path, rate, old)
+    for _ in range(rounds):
+        for name, (_, call) in known.items():
+            begin = time.perf_counter()
+            call()
+            seconds.setdefault(name, []).append(time.perf_counter() - begin)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    return [[name, round(known[name][0] / middle[name]), round(1000 * middle[name], 1)] for name in known]
+
+
+def main() -> None:
+    parser = arguments("benchmarks.video", __doc__ or "")
+    parser.add_argument("files", nargs="*", type=Path, help="more files to read")
+    parser.add_argument("--old", type=Path, help="a Python file with an earlier read_frames")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    if not shutil.which("ffmpeg") or not shutil.which("ffprobe"):
+        raise UserError("needs the ffmpeg and ffprobe programs (Debian: apt-get install ffmpeg)")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    old = None
+    if given.old:
+        spec = importlib.util.spec_from_file_location("earlier", given.old)
+        assert spec is not None and spec.loader is not None
+        old = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(old)
+    about = machine(torch.device("cpu"))
+    import av
+
+    program = subprocess.check_output(["ffmpeg", "-version"], text=True).split()[2]
+    about |= {"av": av.__version__, "ffmpeg": program}
+    lines = ["# Reading video files on one core", "", about_line("python -m benchmarks.video", about), ""]
+    result: dict[str, Any] = {"about": about, "files": {}}
+    scratch = given.out / ".video_files"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        cases = []
+        for name, (file, width, height, how) in FILES.items():
+            made = f"ffmpeg -v error -y -f lavfi -i testsrc2=size={width}x{height}:rate=30:duration=10 {how} {file}"
+            subprocess.run(made.split(), cwd=scratch, check=True)
+            cases.append((name, scratch / file))
+        for name, path in [*cases, *((path.name, path) for path in given.files)]:
+            rows = measure(path, 30.0, given.rounds, old)
+            result["files"][name] = rows
+            lines += [f"## {name}", "", *table(["way", "frames/s", "ms a call"], rows), ""]
+            print("\n".join(lines[-len(rows) - 4 :]), file=sys.stderr)
+    finally:
+        shutil.rmtree(scratch)
+    write(given.out, "video", result, lines, dry=given.dry_run)
+
+
+if __name__ == "__main__":
+    main()
