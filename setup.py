@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av", "soundfile", "tensorboard", "accelerate"]
+TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av>=15", "soundfile", "tensorboard", "accelerate"]
 
 setup(
     name="vac_ddp",
@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         "export": EXPORT,
-        "video": ["av"],
+        "video": ["av>=15"],
         "tensorboard": ["tensorboard"],
         "simd": ["pillow-simd"],  # only half of the way: launch/install_simd.sh has to follow
         "test": TEST + EXPORT,

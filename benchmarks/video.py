@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from benchmarks.common import about_line, arguments, machine, table, write
 from vac_ddp.data.video import VideoFile
 from vac_ddp.errors import UserError
 
-FRAMES = 16
+FRAMES, STRIDE = 16, 4
 FILES = {  # name: what ffmpeg encodes; 320x240 as HMDB51 and UCF101, 1280x720 as phones
     "320x240 H.264 mp4": ("a.mp4", 320, 240, "-c:v libx264 -pix_fmt yuv420p -g 250"),
     "320x240 MPEG-4 avi": ("a.avi", 320, 240, "-c:v mpeg4 -q:v 4 -bf 2"),
@@ -35,10 +35,20 @@ FILES = {  # name: what ffmpeg encodes; 320x240 as HMDB51 and UCF101, 1280x720 a
 
 def ffmpeg_frames(path: Path, *before: str, filters: str = "") -> Iterator[np.ndarray]:
     """All frames by an ffmpeg process, read from its pipe: (H, W, 3) uint8."""
-    asked = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries", "stream=width,height", "-of", "csv=p=0"]
+    asked = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries", "stream=width,height"]
+    asked += ["-of", "csv=p=0"]
     width, height = map(int, subprocess.check_output([*asked, str(path)], text=True).strip().strip(",").split(",")[:2])
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", *before, "-i", str(path), "-fps_mode", "passthrough"]
-    command += [*(["-vf", filters] if filters else []), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", *before, "-i", str(path)]
+    command += [
+        "-fps_mode",
+        "passthrough",
+        *(["-vf", filters] if filters else []),
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
     size = width * height * 3
     with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=size) as process:
         assert process.stdout is not None
@@ -60,18 +70,31 @@ def ffmpeg_select(path: Path, numbers: list[int]) -> list[np.ndarray]:
     return list(ffmpeg_frames(path, filters=f"select={chosen}"))
 
 
+def ffmpeg_clip(path: Path, numbers: list[int], rate: float) -> list[np.ndarray]:
+    """Frames of equal stride, one process that seeks to the first."""
+    first, last = numbers[0], numbers[-1]
+    begin, length = max(0.0, (first - 0.25) / rate), (last - first + 0.5) / rate
+    only = f"select=not(mod(n\\,{STRIDE}))"
+    return list(ffmpeg_frames(path, "-ss", f"{begin:.4f}", "-t", f"{length:.4f}", filters=only))
+
+
 def ways(path: Path, rate: float, old: Any) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Name of a way -> frames it delivers, and the call."""
     video = VideoFile(path=path)
     where = video.table()
     total = len(where)
-    some = np.linspace(0, total - 1, FRAMES).astype(int).tolist()
-    found = {
+    spread = np.linspace(0, total - 1, FRAMES).astype(int).tolist()
+    first = (total - FRAMES * STRIDE) // 2
+    clip = list(range(first, first + FRAMES * STRIDE, STRIDE))
+    assert len(ffmpeg_clip(path, clip, rate)) == FRAMES
+    found: dict[str, tuple[int, Callable[[], Any]]] = {
         "all, PyAV (ours)": (total, lambda: sum(1 for _ in video.frames())),
         "all, ffmpeg process": (total, lambda: sum(1 for _ in ffmpeg_frames(path))),
-        f"{FRAMES}, PyAV (ours)": (FRAMES, lambda: video.frames_at(some, where)),
-        f"{FRAMES}, ffmpeg, seeking": (FRAMES, lambda: ffmpeg_some(path, some, rate)),
-        f"{FRAMES}, ffmpeg, decoding all": (FRAMES, lambda: ffmpeg_select(path, some)),
+        "clip, PyAV (ours)": (FRAMES, lambda: video.frames_at(clip, where)),
+        "clip, ffmpeg process": (FRAMES, lambda: ffmpeg_clip(path, clip, rate)),
+        "spread, PyAV (ours)": (FRAMES, lambda: video.frames_at(spread, where)),
+        "spread, ffmpeg process, decoding all": (FRAMES, lambda: ffmpeg_select(path, spread)),
+        "spread, ffmpeg processes, seeking": (FRAMES, lambda: ffmpeg_some(path, spread, rate)),
         "table of frames": (total, video.table),
     }
     if old is not None:
@@ -79,32 +102,42 @@ def ways(path: Path, rate: float, old: Any) -> dict[str, tuple[int, Callable[[],
     return found
 
 
+def _processor_s() -> float:
+    """Processor time of this process and its ended children, which other work on the machine changes little."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in used)
+
+
 def measure(path: Path, rate: float, rounds: int, old: Any) -> list[list[Any]]:
     """Rows (way, frames a second, milliseconds a call), medians over rounds in turns."""
     seconds: dict[str, list[float]] = {}
     known = ways(path, rate, old)
-    for _ in range(rounds):
+    for counted in [False] + [True] * rounds:
         for name, (_, call) in known.items():
-            begin = time.perf_counter()
+            begin = _processor_s()
             call()
-            seconds.setdefault(name, []).append(time.perf_counter() - begin)
+            if counted:
+                seconds.setdefault(name, []).append(_processor_s() - begin)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     return [[name, round(known[name][0] / middle[name]), round(1000 * middle[name], 1)] for name in known]
 
 
 def main() -> None:
-    parser = arguments("benchmarks.video", __doc__ or "")
+    parser = arguments("video", __doc__ or "")
     parser.add_argument("files", nargs="*", type=Path, help="more files to read")
     parser.add_argument("--old", type=Path, help="a Python file with an earlier read_frames")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    if given.dry:
+        given.rounds = 1
     if not shutil.which("ffmpeg") or not shutil.which("ffprobe"):
         raise UserError("needs the ffmpeg and ffprobe programs (Debian: apt-get install ffmpeg)")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     old = None
     if given.old:
         spec = importlib.util.spec_from_file_location("earlier", given.old)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         old = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(old)
     about = machine(torch.device("cpu"))
@@ -112,7 +145,16 @@ def main() -> None:
 
     program = subprocess.check_output(["ffmpeg", "-version"], text=True).split()[2]
     about |= {"av": av.__version__, "ffmpeg": program}
-    lines = ["# Reading video files on one core", "", about_line("python -m benchmarks.video", about), ""]
+    lines = [
+        "# Reading video files on one core",
+        "",
+        about_line("video", about),
+        "",
+        "Processor time of the process and its children, medians over rounds in turns; frames as RGB arrays (H, W, 3).",
+        f"Spread: {FRAMES} frames over the whole file, as of a test video. Clip: {FRAMES} frames of stride {STRIDE}",
+        "from its middle, as a clip of a training step. `table of frames`: needed once a file for these.",
+        "",
+    ]
     result: dict[str, Any] = {"about": about, "files": {}}
     scratch = given.out / ".video_files"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -129,7 +171,7 @@ def main() -> None:
             print("\n".join(lines[-len(rows) - 4 :]), file=sys.stderr)
     finally:
         shutil.rmtree(scratch)
-    write(given.out, "video", result, lines, dry=given.dry_run)
+    write(given.out, "video", result, lines, dry=given.dry)
 
 
 if __name__ == "__main__":
