@@ -33,12 +33,12 @@ sys.path.insert(0, str(REPO))  # run from a clone that is not installed
 
 from vac_ddp import errors, files  # noqa: E402
 from vac_ddp.errors import UserError  # noqa: E402
+from vac_ddp.ranks import restarts  # noqa: E402
 from vac_ddp.tools import launch as local_launch  # noqa: E402
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NEVER = 10**6  # time-outs that submitit allows: --attempts is the limit, and counts preemptions as well
 LOCAL_ATTEMPTS = 6  # submitit's local controller starts a job no more often, and says nothing then
-SAVE_TIME_S = 300
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ class Ranks:
         # the ranks have saved: its handler is called when they have.
         self.before = {number: signal.signal(number, self._hand_down) for number in FORWARDED}
         # SLURM starts a job again after a node has failed, or after `scontrol requeue`, without asking submitit.
-        self.attempt = max(self.attempt, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        self.attempt = max(self.attempt, restarts("SLURM_RESTART_COUNT"))
         told: dict[str, Any] = {}
         for place, (module, words) in enumerate(self.commands):
             if place < self.done:
@@ -108,16 +108,25 @@ class Ranks:
         code = self.child.wait()
         for _ in range(50):  # the status file of rank 0 on another node, by way of the file server
             if told.exists():
-                return files.read_json(told)
+                return self._answered(files.read_json(told))
             time.sleep(0.1)
         if self.asked:
             return {"status": errors.INTERRUPTED, "message": f"{signal.Signals(self.asked).name} before it could save"}
         return {"status": errors.FAILED, "message": f"the ranks ended without a word (torchrun: {code})"}
 
+    def _answered(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What rank 0 said; stopped by a signal to this job before there was anything to save, it is to come back."""
+        if self.asked and told["status"] in (errors.CTRL_C, errors.TERMINATED):
+            return {**told, "status": errors.INTERRUPTED}
+        return told
+
     def _meeting(self, job: Any, place: int) -> list[str]:
         """How the torchruns of the nodes find one another."""
         words = [f"--nproc-per-node={self.ranks}", f"--max-restarts={self.max_restarts}"]
-        words += [f"--signals-to-handle={local_launch.SIGNALS}", f"--shutdown-timeout={SAVE_TIME_S}"]
+        words += [
+            f"--signals-to-handle={local_launch.SIGNALS}",
+            *local_launch.save_time_words(local_launch.SAVE_TIME_S),
+        ]
         words += ["--rdzv-backend=c10d", f"--rdzv-id={job.job_id}-{self.attempt}-{place}"]
         if job.num_nodes == 1:
             return [*words, "--nnodes=1", "--rdzv-endpoint=localhost:0"]

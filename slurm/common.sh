@@ -11,11 +11,17 @@
 #   VAC_MAX_RESTARTS   restarts of the ranks within a job             [3]
 #   VAC_MIN_NODES      go on with so many nodes when others fail      [all; fewer needs sbatch --no-kill]
 #   VAC_MAX_ATTEMPTS   attempts of a job, the first included          [100]
-#   VAC_SAVE_TIME      seconds from a signal to SIGKILL               [300]
+#   VAC_SAVE_TIME      seconds from a signal to SIGKILL               [300; torch 2.11: always 30]
 set -uo pipefail
 
 : "${SLURM_JOB_ID:?start it with sbatch}"
 attempt=${SLURM_RESTART_COUNT:-0}
+case $attempt in
+*[!0-9]*)
+    echo "SLURM_RESTART_COUNT=$attempt in the environment is not a number of restarts: unset it" >&2
+    exit 2
+    ;;
+esac
 # One task of an array has the number of the whole array: name it in full wherever SLURM is asked.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -41,7 +47,7 @@ node_command='exec "$0" -m torch.distributed.run --local-addr="$SLURMD_NODENAME"
     --rdzv-conf="is_host=$((SLURM_NODEID == 0))" "$@"'
 
 start_ranks() {
-    local module=$1 nodes=$SLURM_JOB_NUM_NODES first port ranks told
+    local module=$1 nodes=$SLURM_JOB_NUM_NODES first port ranks told save_time
     shift
     step_number=$((step_number + 1))
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -51,6 +57,8 @@ start_ranks() {
     [ "${VAC_MIN_NODES:-$nodes}" -ge "$nodes" ] || nodes=$VAC_MIN_NODES:$nodes
     told=$SLURM_SUBMIT_DIR/.vac-status-$job-$attempt.json # on the file system that all nodes share
     rm -f "$told"
+    # Only where torchrun has the option; where it does not, this says what that means.
+    save_time=$("$python" -m vac_ddp.tools.launch "${VAC_SAVE_TIME:-300}") || exit 1
 
     export VAC_STATUS_FILE=$told VAC_STATUS_ONLY=1
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store for each restart: see distributed.py
@@ -64,7 +72,7 @@ start_ranks() {
         ${VAC_MIN_NODES:+--no-kill} bash -c "$node_command" "$python" \
         --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${VAC_MAX_RESTARTS:-3}" \
         --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$job-$attempt-$step_number" \
-        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout="${VAC_SAVE_TIME:-300}" \
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 ${save_time:+"$save_time"} \
         -m "$module" "$@" &
     srun_pid=$!
     local code=0
@@ -104,7 +112,7 @@ may_go_on() {
     case $status in
     0) return 0 ;;
     3) say "finished, with findings: $message" ;;
-    75) queue_again "$message" ;;
+    75 | 130 | 143) queue_again "$message" ;; # saved, or stopped while there was nothing to save
     2)
         say "not started again, something is to be changed: $message"
         exit 2

@@ -206,6 +206,8 @@ def test_rooms_and_arrows() -> None:
             "text",
             "distributed",
             "metrics",
+            "monitor",
+            "ranks",
         },
         "inference": {
             "inference",
@@ -218,6 +220,8 @@ def test_rooms_and_arrows() -> None:
             "text",
             "distributed",
             "metrics",
+            "monitor",
+            "ranks",
         },
         "report": {
             "report",

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 
 from vac_ddp import __version__, errors
+from vac_ddp.monitor import stopped_by_signals
+from vac_ddp.status import end_at_once, unbroken_stdout, write_status
 from vac_ddp.text import escape_output
 
 COMMANDS = {
@@ -44,29 +46,28 @@ def usage() -> str:
 
 
 def run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Call a program and turn what it raises into an exit status and one line."""
+    """Call a program and turn what it raises into an exit status and one line. Ctrl-C and SIGTERM are one as well."""
     escape_output()
     try:
-        return program(argv) or 0
-    except KeyboardInterrupt:
-        print("vac: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
-    except Exception as caught:
+        with unbroken_stdout(), stopped_by_signals(end_at_once):
+            return program(argv) or 0
+    except (Exception, KeyboardInterrupt) as caught:
         error = errors.plain(caught)
-        if not isinstance(error, errors.UserError | errors.Findings | errors.Interrupted):
+        if errors.exit_status(error) == errors.FAILED:
             raise
         if "--debug" in argv:
             traceback.print_exc()
         else:
             print(f"vac: {error}", file=sys.stderr)
-        return errors.exit_status(error)
+        return write_status(errors.exit_status(error), str(error))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run(_command, sys.argv[1:] if argv is None else argv)
+
+
+def _command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else errors.USER_ERROR
@@ -80,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return errors.USER_ERROR
-    module = importlib.import_module(COMMANDS[argv[0]][0])
-    return run(module.main, argv[1:])
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
 
 
 if __name__ == "__main__":

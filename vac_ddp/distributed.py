@@ -7,45 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from vac_ddp.errors import UserError, plain
+from vac_ddp.errors import USER_ERROR, Cause, UserError, exit_status, plain
+from vac_ddp.monitor import PROCESS
 from vac_ddp.parent import signal_when_parent_dies
+from vac_ddp.ranks import is_main, local_rank, rank, under_torchrun, world_size
 
 Result = TypeVar("Result")
-
-
-def under_torchrun() -> bool:
-    """Whether this process was started by torchrun."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """Number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def is_main() -> bool:
-    """Whether this is rank 0."""
-    return rank() == 0
 
 
 def active() -> bool:
@@ -65,17 +45,45 @@ def pick_device() -> torch.device:
     return torch.device("cuda", local_rank())
 
 
-def start(device: torch.device, *, timeout_s: float) -> None:
-    """Join the process group (NCCL for GPUs, gloo for CPUs). A failed start raises: no run falls back to one rank."""
-    if not under_torchrun() or active():
-        return
-    timeout = datetime.timedelta(seconds=timeout_s)
-    meeting = {"timeout": timeout, "store": _attempt_store(timeout), "rank": rank(), "world_size": world_size()}
+# NCCL ends the process where a collective runs into its timeout, gloo raises: gloo and the monitor come before it.
+NCCL_LONGER_S = 60.0
+
+
+def start(device: torch.device | None = None, *, timeout_s: float) -> torch.device:
+    """Join the process group and return this rank's device (None: its GPU, or the CPU).
+
+    Objects and tensors of the CPU travel by gloo, those of a GPU by NCCL. A failed start raises: no run falls back to
+    one rank. A rank that cannot have its device is an error of all.
+    """
+    if under_torchrun() and not active():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            backends(torch.cuda.is_available() and (device is None or device.type == "cuda")),
+            timeout=timeout,
+            store=_attempt_store(timeout),
+            rank=rank(),
+            world_size=world_size(),
+        )
+        set_timeout(timeout_s)
+    if active():
+        _side_store()
+    PROCESS.connect()
+    error: Exception | None = None
+    if device is None:
+        try:
+            device = pick_device()
+        except UserError as caught:
+            error = caught
+        raise_together(error)
+    assert device is not None, "an error was raised"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **meeting)
-    else:
-        dist.init_process_group("gloo", **meeting)
+    return device
+
+
+def backends(cuda: bool) -> str:
+    """The backends of the process group by type of device, as torch takes them."""
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
 
 
 def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
@@ -100,14 +108,15 @@ def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
 
 
 def set_timeout(timeout_s: float, group: dist.ProcessGroup | None = None) -> None:
-    """Change the longest wait of later collectives."""
+    """Change the longest wait of later collectives; NCCL's is NCCL_LONGER_S longer than gloo's."""
     if not active():
         return
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if hasattr(dist, "set_timeout"):
-        dist.set_timeout(timeout, group)
-    else:  # torch before 2.15 has it under a private name only
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    group = group or dist.group.WORLD
+    assert group is not None, "active"
+    for device in group._device_types:  # torch's own set_timeout gives all backends of a group the same
+        backend = group._get_backend(device)
+        longer = NCCL_LONGER_S if dist.is_nccl_available() and isinstance(backend, dist.ProcessGroupNCCL) else 0.0
+        backend._set_default_timeout(datetime.timedelta(seconds=timeout_s + longer))
 
 
 def side_store(prefix: str) -> Any:
@@ -117,21 +126,32 @@ def side_store(prefix: str) -> Any:
     return dist.PrefixStore(f"vac_ddp/{prefix}", dist.distributed_c10d._get_default_store().clone())
 
 
-def report_cause(text: str) -> None:
-    """Leave the first cause of a failure where the other ranks find it; later ones are not first."""
+def report_cause(cause: Cause) -> Cause:
+    """Leave the cause of a failure where the other ranks find it; returns the one that was left first."""
     if active():
-        with contextlib.suppress(RuntimeError):
-            dist.distributed_c10d._get_default_store().compare_set("vac_ddp/cause", "", text)
+        with contextlib.suppress(RuntimeError):  # the store went away with its rank
+            return _cause(_side_store().compare_set("cause", "", json.dumps(asdict(cause))))
+    return cause
 
 
-def first_cause() -> str | None:
-    """What the first rank that failed had said, if it could."""
+def first_cause() -> Cause | None:
+    """Why the first rank that failed did so, if it could say it. May be called from any thread."""
     if active():
         with contextlib.suppress(RuntimeError):
-            store = dist.distributed_c10d._get_default_store()
-            if store.check(["vac_ddp/cause"]):
-                return store.get("vac_ddp/cause").decode()
+            store = _side_store()
+            if store.check(["cause"]):
+                return _cause(store.get("cause"))
     return None
+
+
+def _cause(data: bytes) -> Cause:
+    return Cause(**json.loads(data))
+
+
+@functools.cache
+def _side_store() -> Any:
+    """One connection for causes: the main thread's own is in use while it waits in it."""
+    return side_store("causes")
 
 
 def control_group(*, timeout_s: float) -> dist.ProcessGroup | None:
@@ -156,15 +176,10 @@ def end(status: int) -> None:
 
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Wait for all ranks."""
+    """Wait for all ranks, on the host."""
     if active():
-        dist.barrier(group=group)
-
-
-def _collective_device() -> torch.device:
-    if active() and dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+        with PROCESS.waits():
+            dist.all_reduce(torch.zeros(1), group=group)
 
 
 def broadcast_object(value: Any, *, source: int = 0) -> Any:
@@ -172,7 +187,8 @@ def broadcast_object(value: Any, *, source: int = 0) -> Any:
     if not active():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, device=_collective_device())
+    with PROCESS.waits():
+        dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
 
 
@@ -181,7 +197,8 @@ def all_gather_objects(value: Any) -> list[Any]:
     if not active():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with PROCESS.waits():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -189,8 +206,9 @@ def sum_counts(counts: torch.Tensor) -> torch.Tensor:
     """Sum of `counts` (any shape, float64 or integer) over the ranks, on every rank."""
     if not active():
         return counts
-    total = counts.detach().clone().to(_collective_device())
-    dist.all_reduce(total)
+    total = counts.detach().clone().cpu()
+    with PROCESS.waits():
+        dist.all_reduce(total)
     return total.to(counts.device)
 
 
@@ -204,16 +222,19 @@ def raise_together(error: BaseException | None) -> None:
         if error is not None:
             raise error
         return
-    said = all_gather_objects(None if error is None else (type(error).__name__, str(error)))
-    first = next(((r, s) for r, s in enumerate(said) if s is not None), None)
+    causes = all_gather_objects(error and Cause(rank=rank(), status=exit_status(error), message=_described(error)))
+    first = next((cause for cause in causes if cause is not None), None)
     if first is None:
         return
-    if error is not None and first[0] == rank():
+    if error is not None and first.rank == rank():
         raise error
-    where, (kind, text) = first
-    if kind == "UserError":
-        raise UserError(text)
-    raise RuntimeError(f"rank {where} failed: {kind}: {text}")
+    if first.status == USER_ERROR:
+        raise UserError(first.message)
+    raise RuntimeError(f"rank {first.rank} failed: {first.message}")
+
+
+def _described(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def main_first(first: Callable[[], Result], later: Callable[[], Result]) -> Result:
@@ -255,16 +276,16 @@ def _gather_ragged(rows: torch.Tensor) -> torch.Tensor | None:
     """Concatenate tensors (n_r, ...) of all ranks on rank 0, point to point: one rank at a time is in memory."""
     counts = all_gather_objects((len(rows), tuple(rows.shape[1:])))
     tail = next((t for n, t in counts if n), tuple(rows.shape[1:]))
-    device = _collective_device()
     if rank() != 0:
         if len(rows):
-            dist.send(rows.contiguous().to(device), dst=0)
+            dist.send(rows.contiguous(), dst=0)
         return None
     parts = [rows.reshape(len(rows), *tail)]
     for source in range(1, world_size()):
         count = counts[source][0]
         if count:
-            part = torch.empty((count, *tail), dtype=rows.dtype, device=device)
-            dist.recv(part, src=source)
-            parts.append(part.cpu())
+            part = torch.empty((count, *tail), dtype=rows.dtype)
+            with PROCESS.waits():
+                dist.recv(part, src=source)
+            parts.append(part)
     return torch.cat(parts)

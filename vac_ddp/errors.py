@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
+from dataclasses import dataclass, field
 
 DONE = 0
 FAILED = 1
 USER_ERROR = 2
 FINDINGS = 3
 INTERRUPTED = 75
+CTRL_C = 130
+TERMINATED = 143
 
 
 # What would break a line or could not be written: control characters, line separators, lone surrogates.
@@ -40,11 +44,35 @@ class Findings(Message):
 
 
 class Interrupted(Message):
-    """Stopped by a signal after saving; starting the same command again goes on (exit status 75)."""
+    """Stopped by a signal after saving; starting the same command again goes on (exit status 75).
 
-    def __init__(self, message: str, *, step: int | None = None) -> None:
+    step, run: where training stopped, and its run directory; for the status file.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None, run: str | None = None) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.run = step, run
+
+
+class Stopped(KeyboardInterrupt):
+    """Stopped by Ctrl-C (exit status 130) or SIGTERM (143) while there was nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}, there was nothing to save")
+        self.number = number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a run ends: the exit status and the text of an error, and the rank that met it.
+
+    gone: ranks that did not answer, where that is the error; the message names them.
+    """
+
+    rank: int
+    status: int
+    message: str
+    gone: list[int] = field(default_factory=list)
 
 
 def plain(error: BaseException) -> BaseException:
@@ -70,7 +98,14 @@ def exit_status(error: BaseException | None) -> int:
     """The exit status that stands for `error` (None: it went well)."""
     if error is None:
         return DONE
-    for kind, status in ((UserError, USER_ERROR), (Findings, FINDINGS), (Interrupted, INTERRUPTED)):
+    if isinstance(error, Stopped):
+        return 128 + error.number
+    for kind, status in (
+        (UserError, USER_ERROR),
+        (Findings, FINDINGS),
+        (Interrupted, INTERRUPTED),
+        (KeyboardInterrupt, CTRL_C),
+    ):
         if isinstance(error, kind):
             return status
     return FAILED

@@ -22,7 +22,7 @@ from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.gpu_decode import check_decoder
 from vac_ddp.data.loader import Batch, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
-from vac_ddp.engine import checkpoint, health, run_dir
+from vac_ddp.engine import checkpoint, run_dir
 from vac_ddp.engine.loop import Loop, Validation
 from vac_ddp.engine.optim import group_table
 from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_lr
@@ -34,8 +34,10 @@ from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.job_data import Data, keep_validation, make_validation, read_data
 from vac_ddp.job_model import Resumed, make_stepper, precision_of
 from vac_ddp.models import Loaded, file_state, load_model
+from vac_ddp.monitor import PROCESS
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.settings import Config
+from vac_ddp.status import report
 
 # Bytes a parameter takes in a checkpoint: weights and two moments in float32; an average is one more.
 BYTES_A_PARAMETER = 12
@@ -98,9 +100,7 @@ def open_job(config: Config, device: torch.device, *, debug: bool = False, notes
     debug: mark it as a debug run, and replace one; notes: lines about the settings, for the log.
     """
     stop = StopRequest(distributed.broadcast_object(_deadline(config)))
-    stop.install()
     tracker: Tracker | None = None
-    pulse: health.Pulse | None = None
     loaders: list[Any] = []
     run: run_dir.OpenRun | None = None
     try:
@@ -112,29 +112,27 @@ def open_job(config: Config, device: torch.device, *, debug: bool = False, notes
             tracker.say(line)
         resumed = distributed.broadcast_object(run is not None and run.state is not None)
         data = read_data(config, folder, resumed=resumed, say=tracker.say)
-        pulse = health.Pulse()
-        job = _build(config, device, run, data, tracker, stop, pulse, loaders)
+        job = _build(config, device, run, data, tracker, stop, loaders)
         if run is not None:
             run.begin()
             (folder / INTERRUPTED).unlink(missing_ok=True)
-        pulse.start()
+        stop.install()
         try:
             yield job
         except Interrupted as error:
             if distributed.is_main():
                 files.write_json(folder / INTERRUPTED, {"step": error.step, "why": str(error)})
-            error.facts = job.facts()  # type: ignore[attr-defined]  # for the status file
+            error.run = str(folder)
             raise
-        except RuntimeError as error:
-            raise _explain(error, pulse) from error
-        except UserError as error:
-            error.own = True  # type: ignore[attr-defined]  # only this rank may have met it: it speaks for itself
-            raise
+    except Interrupted:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        report(error)  # before files and services are closed: other ranks may wait for this one
+        raise
     finally:
+        PROCESS.release()
         for loader in loaders:
             loader.close()
-        if pulse is not None:
-            pulse.stop()
         if tracker is not None:
             tracker.close(exit_status(sys.exc_info()[1]))
         if run is not None:
@@ -148,17 +146,6 @@ def _deadline(config: Config) -> float | None:
     if not distributed.is_main():
         return None
     return save_by(end_of_allocation(), config.checkpoint.before_end_s, now=time.time())
-
-
-def _explain(error: RuntimeError, pulse: health.Pulse) -> RuntimeError:
-    """Name the rank that does not answer, where a collective ran into its timeout or lost its peer."""
-    text = str(error)
-    if any(sign in text for sign in ("Timed out", "timeout", "Connection", "NCCL")):
-        first = distributed.first_cause()
-        silent = "" if first else pulse.silent_ranks()
-        if first or silent:
-            return RuntimeError(first or f"{silent}: {text.splitlines()[0]}")
-    return error
 
 
 def _open_run(config: Config, say: Callable[[str], None], *, debug: bool) -> run_dir.OpenRun | None:
@@ -176,7 +163,6 @@ def _build(
     data: Data,
     tracker: Tracker,
     stop: StopRequest,
-    pulse: health.Pulse,
     loaders: list[Any],
 ) -> Job:
     """Model, optimizer and loop; `loaders` gets what must be closed."""
@@ -251,7 +237,6 @@ def _build(
         stop=stop,
         agreement=Agreement(distributed.control_group(timeout_s=config.health.start_timeout_s)),
         stopping=Stopping(patience=config.train.patience),
-        pulse=pulse,
         meters=meters,
     )
     if len(data.split.val):

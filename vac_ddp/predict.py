@@ -6,6 +6,11 @@ The torchrun of Python before 3.12.8 takes `--run` for its own `--run-path` and 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vac_ddp.monitor import end_imports_quietly
+
+    end_imports_quietly()
+
 import argparse
 import os
 import re
@@ -13,7 +18,6 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -27,12 +31,14 @@ from vac_ddp.errors import Findings, UserError
 from vac_ddp.inference import scoring, submission
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.metrics import log_softmax
+from vac_ddp.monitor import PROCESS
 from vac_ddp.settings import Config
 from vac_ddp.status import run_door
 
 if TYPE_CHECKING:
     import torch
 
+    from vac_ddp.engine.signals import StopRequest
     from vac_ddp.models.sources import Source
 
 ABOUT = "Predict a test folder, evaluate a labelled one, or name what one video shows."
@@ -172,19 +178,14 @@ def predict(argv: list[str]) -> dict[str, Any] | None:
     if options.data is None:
         own_val = options.part == "val" and config.data.val
         options.data = Path(config.data.val if own_val else config.data.train).expanduser()
-    device = distributed.pick_device()
-    distributed.start(device, timeout_s=config.health.start_timeout_s)
+    device = distributed.start(timeout_s=config.health.start_timeout_s)
     end = end_of_allocation() if distributed.is_main() else None
     end = distributed.broadcast_object(end)
     stop = StopRequest(save_by(end, config.checkpoint.before_end_s, now=time.time()))
-    stop.install()
-    try:
-        if kind in ("video file", "frames"):
-            _predict_one(options, config, source, device, kind)
-        else:
-            _predict_folder(options, config, source, device, labelled=kind == "labelled", stop=stop.wanted)
-    finally:
-        stop.restore()
+    if kind in ("video file", "frames"):
+        _predict_one(options, config, source, device, kind)
+    else:
+        _predict_folder(options, config, source, device, labelled=kind == "labelled", stop=stop)
     return {"run": options.weights, "step": None}
 
 
@@ -196,7 +197,7 @@ def _weights_file(asked: str) -> Path:
 
 
 def _predict_folder(
-    options: Options, config: Config, source: Source, device: torch.device, *, labelled: bool, stop: Callable[[], int]
+    options: Options, config: Config, source: Source, device: torch.device, *, labelled: bool, stop: StopRequest
 ) -> None:
     """A folder of videos: views file, submission, scores, and the evaluation where there are labels."""
     from vac_ddp import prediction
@@ -215,7 +216,12 @@ def _predict_folder(
         head = task.head
         distributed.main_first(lambda: prediction.gate(head.ids, head.classes, config, options.sample), lambda: None)
         scorer = prediction.open_scorer(config, source, device)
-        done = prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=stop)
+        stop.install()
+        PROCESS.watch(config.health.start_timeout_s)
+        try:
+            done = prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=stop.wanted)
+        finally:
+            stop.restore()
         prediction.say_how(done, task)
         failed = distributed.main_first(lambda: prediction.finish(out, config, options.sample), list)
     failed = distributed.broadcast_object(failed)

@@ -275,12 +275,8 @@ class HealthSettings:
     checksum_every: int = setting(
         500, "steps between comparisons of the parameters over the ranks; 0: never", low=0, high=10**12
     )
-    start_timeout_s: float = setting(
-        1800.0, "longest wait of a collective until the first step is done, in seconds", low=1, high=10**6
-    )
-    timeout_s: float = setting(
-        300.0, "longest wait of a collective after the first step, in seconds", low=1, high=10**6
-    )
+    start_timeout_s: float = setting(1800.0, "as timeout_s, until the first step is done", low=1, high=10**6)
+    timeout_s: float = setting(300.0, "seconds without progress of a rank after which all ranks end", low=1, high=10**6)
     slow_factor: float = setting(2.0, "a rank that takes this many times the median is named", low=1, high=10**6)
 
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vac_ddp import config, distributed
 from vac_ddp.errors import USER_ERROR, UserError
 from vac_ddp.status import run_door
 
@@ -15,14 +14,15 @@ ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many 
 
 def train(argv: list[str]) -> dict[str, Any] | None:
     """Parse, build, run, close. Returns the run directory and the last step."""
+    from vac_ddp import config  # here and not above: Ctrl-C is answered in good order before anything slow is imported
+
     command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
-    from vac_ddp import job, job_data, job_model  # torch and its friends: only once the settings are known to be good
+    from vac_ddp import distributed, job, job_data, job_model  # torch: only once the settings are known to be good
 
     job_model.check_grammar(command.config)
     if command.debug:
         _check_debug_directory(Path(command.config.run.dir))
-    device = distributed.pick_device()
-    distributed.start(device, timeout_s=command.config.health.start_timeout_s)
+    device = distributed.start(timeout_s=command.config.health.start_timeout_s)
     if command.debug:
         job_data.debug_data(command.config, command.given)
     with job.open_job(command.config, device, debug=command.debug, notes=command.notes) as opened:

@@ -6,6 +6,7 @@ The product has no switches for this: places of it are wrapped here. A fault hap
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from vac_ddp import distributed, train
+from vac_ddp import distributed, job, train
 from vac_ddp.engine import checkpoint, evaluate, step
+from vac_ddp.errors import UserError
 
 WHAT, *PAIRS = os.environ["FAULT"].split()
 KEYS = dict(pair.split("=") for pair in PAIRS)
@@ -57,6 +59,11 @@ def strike() -> None:
     if name == "fill":
         fill()
         return
+    if name == "block":
+        block(whom)
+        return
+    if name == "raise":
+        raise UserError("a fault of this rank alone")
     number = getattr(signal, name)
     if whom == "agent":
         os.kill(agent, number)
@@ -68,6 +75,14 @@ def strike() -> None:
             os.kill(pid, number)
     else:
         os.kill(own, number)
+
+
+def block(library: str) -> None:
+    """Never come back from libc: as CDLL with the interpreter's lock given up, as PyDLL with it held."""
+    lock = getattr(ctypes, library)(None).pthread_mutex_lock
+    mutex = ctypes.create_string_buffer(64)  # zeros: an open mutex, whose second lock no signal interrupts
+    lock(mutex)
+    lock(mutex)
 
 
 def fill() -> None:
@@ -168,6 +183,8 @@ def arm() -> None:
         wrap(step.Stepper, "_forward_piece", at_second_piece)
     elif place == "validation":
         wrap(evaluate, "normalise", lambda *_a, **_k: due() and strike())
+    elif place == "setup":
+        wrap(job, "make_stepper", lambda *_a, **_k: due() and strike())
     elif place == "save":
         wrap(checkpoint, "write_tensors", lambda path, _s: f"{AT:08d}" in path.name and due() and strike())
     elif place == "rename":

@@ -32,6 +32,7 @@ IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 def start_worker(worker: int, *, slots: Slots) -> None:
     """Set up a loader process: its rank decides when it ends, not a signal to the process group; one thread."""
     use_slots(slots, worker)
+    signal.set_wakeup_fd(-1)  # of the rank that was forked
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
@@ -100,7 +101,7 @@ class Loader:
                 "multiprocessing_context": LoaderContext(),
             }
         self._loader = DataLoader(
-            dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **extra
+            _Told(dataset), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **extra
         )
         self._running: list[Any] = []
         self._dataset = dataset
@@ -126,8 +127,8 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except UserError as error:
-                raise UserError(_one_line(error)) from None
+            if isinstance(batch, UserError):
+                raise batch
             batch.damage = self._note(batch)
             yield batch
 
@@ -168,12 +169,23 @@ def _shut_down(running: list[Any]) -> None:
             end()
 
 
-def _one_line(error: UserError) -> str:
-    """The message of an error that a loader process wrapped into its traceback."""
-    return error.args[0].strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+class _Told:
+    """A data set whose user errors are values: the DataLoader would raise them with a traceback in their text."""
+
+    def __init__(self, dataset: TrainClips | TestViews) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, keys: list[Any]) -> Batch | TestBatch | UserError:
+        try:
+            return self._dataset.__getitems__(keys)
+        except UserError as error:
+            return error
 
 
-def _as_it_is(batch: Batch | TestBatch) -> Batch | TestBatch:
+def _as_it_is(batch: Batch | TestBatch | UserError) -> Batch | TestBatch | UserError:
     return batch
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from vac_ddp import distributed
 from vac_ddp.data.augment import normalise
 from vac_ddp.data.loader import TestBatch
+from vac_ddp.monitor import PROCESS
 
 ASK_EVERY = 8
 
@@ -53,6 +54,7 @@ def video_logits(
             batch = next(mine, None)
             if batch is None:
                 continue
+            PROCESS.progress()
             damage(batch.damage)
             advance(len(batch.places))
             parts = []

@@ -1,10 +1,7 @@
-"""What goes wrong on one rank, said on all: non-finite steps, diverging weights, slow and stopped ranks."""
+"""What goes wrong on one rank, said on all: non-finite steps, diverging weights, slow ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +12,6 @@ from vac_ddp import distributed
 from vac_ddp.engine.step import StepRecord, phases, seconds_between
 from vac_ddp.errors import UserError
 
-BEAT_S = 1.0
 WORTH_NAMING_S = 0.5  # lost between two lines of the log; less is the noise of a busy machine
 
 
@@ -115,63 +111,6 @@ def check_same_weights(model: nn.Module, step: int) -> None:
             f"the weights of ranks {', '.join(map(str, odd))} differ from rank 0's at step {step}: "
             "this must not happen; go on from an earlier checkpoint and report it"
         )
-
-
-class Pulse:
-    """A beat of each rank in the store, so that those who wait in vain can name the one that stopped.
-
-    A thread counts up; a process that is stopped or gone does not. The step says who lags.
-    """
-
-    def __init__(self) -> None:
-        self.step = 0
-        self._store = distributed.side_store("pulse")
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin to beat."""
-        if self._store is not None:
-            self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
-            self._thread.start()
-
-    def _beat(self) -> None:
-        count = 0
-        with contextlib.suppress(RuntimeError):  # the store went away with the run
-            while not self._stop.wait(BEAT_S):
-                count += 1
-                self._store.set(str(distributed.rank()), f"{count} {self.step}")
-
-    def stop(self) -> None:
-        """End the beat; before the process group is destroyed."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2 * BEAT_S)
-
-    def silent_ranks(self) -> str:
-        """Who does not beat, or is behind, as a sentence for an error after a timeout; empty where all are well."""
-        if self._store is None:
-            return ""
-        with contextlib.suppress(RuntimeError):
-            before = self._read()
-            time.sleep(3 * BEAT_S)
-            after = self._read()
-            silent = [r for r in range(distributed.world_size()) if before.get(r) == after.get(r)]
-            if silent:
-                return f"rank {', '.join(map(str, silent))} does not answer (stopped or dead)"
-            furthest = max(step for _, step in after.values())
-            late = [r for r, (_, step) in after.items() if step < furthest]
-            if late:
-                return f"rank {', '.join(map(str, late))} is behind at step {after[late[0]][1]} of {furthest}"
-        return ""
-
-    def _read(self) -> dict[int, tuple[int, int]]:
-        beats = {}
-        for rank in range(distributed.world_size()):
-            if self._store.check([str(rank)]):
-                count, step = self._store.get(str(rank)).split()
-                beats[rank] = (int(count), int(step))
-        return beats
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, names: list[str]) -> None:

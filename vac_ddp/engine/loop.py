@@ -20,6 +20,9 @@ from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
 from vac_ddp.engine.table import TABLE, one_of_few, table_row
 from vac_ddp.errors import Interrupted
+from vac_ddp.monitor import PROCESS
+
+LONGER_S = 30.0  # a collective waits longer than the monitor, which can say why
 
 
 class Tracker(Protocol):
@@ -111,7 +114,6 @@ class Loop:
     stop: StopRequest
     agreement: Agreement
     stopping: Stopping
-    pulse: health.Pulse
     meters: Meters
     position: Position = field(default_factory=Position)
     last_save: float = field(default_factory=time.monotonic)
@@ -131,6 +133,7 @@ class Loop:
     def run(self) -> None:
         """Train to the end. Raises Interrupted after saving where somebody asked to stop."""
         where = self.position
+        PROCESS.watch(self.stepper.config.health.start_timeout_s)
         self.stepper.warm_up()
         with collected_by_hand():
             if where.validation_due:
@@ -145,6 +148,7 @@ class Loop:
         self._say_speed(self.tracker.say)
         self.tracker.write("speed", where.step, **self.meters.seconds)
         distributed.raise_together(None)
+        PROCESS.release()  # what is left may take its time, and other ranks may be done
 
     def _epoch(self) -> None:
         where, config = self.position, self.stepper.config
@@ -172,11 +176,9 @@ class Loop:
             where.schedule_step += self._stepped()
             where.step += 1
             where.step_in_epoch += 1
-            self.pulse.step = where.step
+            PROCESS.progress(where.step)
             if not self.timeouts_short:
-                for group in (None, self.agreement.group):
-                    distributed.set_timeout(config.health.timeout_s, group)
-                self.timeouts_short = True
+                self._shorten_timeouts(config.health.timeout_s)
             agreed = self._agree()
             if self._log_due():
                 mark, waited = self._log(mark, waited), 0.0
@@ -194,6 +196,13 @@ class Loop:
         where.epoch += 1
         where.step_in_epoch = 0
         where.validation_due = True
+
+    def _shorten_timeouts(self, limit_s: float) -> None:
+        """After the first step: nothing is compiled or scanned any more. The monitor comes before the collectives."""
+        for group in (None, self.agreement.group):
+            distributed.set_timeout(limit_s + LONGER_S, group)
+        PROCESS.watch(limit_s)
+        self.timeouts_short = True
 
     def _stepped(self) -> int:
         """1 where the schedule goes on. In fp16 a skipped step does not count, and only there is it known at once."""
@@ -336,6 +345,7 @@ class Loop:
         self.save(best=(self.best_path, validation) if best else None)
 
     def _stop_now(self) -> bool:
+        PROCESS.progress()
         self._stop_number = self.agreement.now(stop=self.stop.wanted())
         return self._stop_number > 0
 
@@ -401,8 +411,10 @@ class Loop:
 
     def save(self, best: tuple[Path, Validation | None] | None = None) -> None:
         """Snapshot on all ranks, write in the background on rank 0."""
+        PROCESS.progress()
         with self.meters.phase("saving"):
             self._save(best)
+        PROCESS.progress()
 
     def _save(self, best: tuple[Path, Validation | None] | None) -> None:
         failed = self._join_save()

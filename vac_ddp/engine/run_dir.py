@@ -15,6 +15,7 @@ from vac_ddp.engine import checkpoint, discarded
 from vac_ddp.engine.lock import RunLock
 from vac_ddp.engine.saved import check_content
 from vac_ddp.errors import UserError
+from vac_ddp.ranks import restarts
 from vac_ddp.settings import RunSettings
 from vac_ddp.text import printable
 
@@ -108,7 +109,7 @@ class OpenRun:
 
 def restarted() -> bool:
     """Whether this is a later attempt of the same start, by torchrun or SLURM."""
-    return any(int(os.environ.get(n, "0")) > 0 for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(restarts(name) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _start() -> str | None:

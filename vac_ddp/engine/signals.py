@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from vac_ddp.monitor import PROCESS, SAME_KEY_S, STOP_SIGNALS
 
 
 class StopRequest:
@@ -22,7 +22,7 @@ class StopRequest:
 
     The first signal sets a flag and does nothing else. After a Ctrl-C a second one ends at once, with 130; torchrun
     hands the second one down as SIGTERM. What arrives within a second of the first is the same key press, which a
-    terminal sends to the process and torchrun forwards.
+    terminal sends to the process and torchrun forwards. Before it is installed there is nothing to save, see `monitor`.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -35,15 +35,19 @@ class StopRequest:
         """Take over SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (main thread only)."""
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._set)
+        self.number = self.number or PROCESS.pending
+        PROCESS.saving = True
 
     def restore(self) -> None:
-        """Give the signals back to who had them."""
+        """Give the signals back to who had them; nothing where they were never taken."""
+        PROCESS.saving = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        again = time.monotonic() - self.since > 1.0
+        PROCESS.reacted = True
+        again = time.monotonic() - self.since > SAME_KEY_S
         if self.number == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM) and again:
             os._exit(130)
         if not self.number:
@@ -92,7 +96,8 @@ class Agreement:
         values, work = self.pending
         self.pending = None
         if work is not None:
-            work.wait()
+            with PROCESS.waits():
+                work.wait()
         stop, save, failed = values.tolist()
         return Agreed(stop=stop, save=save, save_failed=failed)
 

@@ -22,6 +22,7 @@ from vac_ddp.data.loader import Batch
 from vac_ddp.data.mixing import mix, soft_targets
 from vac_ddp.engine.ema import Ema
 from vac_ddp.engine.optim import set_lr
+from vac_ddp.monitor import PROCESS
 from vac_ddp.settings import Config
 
 
@@ -158,16 +159,19 @@ class Stepper:
                 prepared = (number, self.prepare(batches[number]))
                 record.marks.append(("prepare", self._now()))
             rows = slice(first, first + self.clips_per_gpu)
+            PROCESS.progress()
             with self._reducing(count == len(pieces)):
                 loss = self._forward_piece(prepared[1], rows, record) * (self.world_size / samples)
                 record.marks.append(("forward", self._now()))
                 if count == len(pieces):
                     record.busy = (start, record.marks[-1][1])
+                    PROCESS.waiting = self.network is not self.model
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 record.marks.append(("backward", self._now()))
         if not pieces:  # a rank without samples
             loss = self.zero_weight_pass()
             record.busy = (start, self._now())
+            PROCESS.waiting = True
             loss.backward()
             record.marks.append(("backward", self._now()))
         self._update(record)

@@ -20,6 +20,7 @@ from vac_ddp.inference import parts
 from vac_ddp.inference.forward import Scored, Scorer, scored_videos
 from vac_ddp.inference.views import deal
 from vac_ddp.inference.viewsfile import NAME, ViewsHead, write_views
+from vac_ddp.monitor import PROCESS
 
 CHUNK_BYTES = 64 << 20  # logits that rank 0 holds at a time while it writes the views file
 NAMED = 20  # damaged frames that are named one by one
@@ -107,7 +108,8 @@ def predict_views(
                 progress(result.computed, len(own))
                 if len(waiting) >= save_every:
                     save()
-                if stop() or meeting.broken():
+                PROCESS.progress()
+                if meeting.ended(stop()):
                     break
         finally:
             loader.close()
@@ -116,10 +118,10 @@ def predict_views(
         error = UserError(f"cannot save to {out}: {caught.strerror}; what is saved is kept, start it again")
     except Exception as caught:
         error = caught
-    if stop() and error is None:
-        raise Interrupted(f"stopped; {result.computed} videos of this rank are saved, start it again to go on")
-    meeting.wait(error, stop)
+    stopped = meeting.wait(error, stop)
     distributed.raise_together(error)
+    if stopped:
+        raise Interrupted("stopped; the videos that are finished are saved, start it again to go on")
     result.seconds, result.waited = clock.seconds(), clock.waited
     _gather_notes(result)
     _write_together(task, finished, kind, result.path)
@@ -165,9 +167,10 @@ class Clock:
 
 
 class Meeting:
-    """Where ranks that are done wait for the others, for as long as it takes, and hear of one that has failed.
+    """Where ranks that are done wait for the others, for as long as it takes, and learn that one failed or is to stop.
 
-    Over the store, not a collective: no timeout has to be guessed, and a signal is answered while waiting.
+    Over the store, not a collective: no timeout has to be guessed, and a signal is answered while waiting. As in
+    training a wish of one rank to stop is one of all: they stop after the video they are at.
     """
 
     LOOK_S = 0.5
@@ -176,26 +179,40 @@ class Meeting:
     def __init__(self) -> None:
         self._store = distributed.side_store(f"predict/{next(self._numbers)}")
         self._looked = time.monotonic()
+        self._stopping = False
 
-    def broken(self) -> bool:
-        """Whether another rank has failed; asks at most twice a second."""
+    def ended(self, stop: bool) -> bool:
+        """Whether this rank is to stop, or another one stops or has failed; asks those at most twice a second."""
+        if stop:
+            self._stop()
+            return True
         if self._store is None or time.monotonic() - self._looked < self.LOOK_S:
             return False
         self._looked = time.monotonic()
-        return self._store.check(["failed"])
+        return self._store.check(["ended"])
 
-    def wait(self, error: BaseException | None, stop: Callable[[], bool]) -> None:
-        """Tell the others how it went and wait for all of them. Interrupted when `stop()` says so."""
+    def _stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            if self._store is not None:
+                self._store.set("stopped", "1")
+                self._store.set("ended", "1")
+
+    def wait(self, error: BaseException | None, stop: Callable[[], bool]) -> bool:
+        """Tell the others how it went and wait for all of them; whether any of them was to stop."""
         if self._store is None:
-            return
+            return self._stopping
         if error is not None:
-            self._store.set("failed", "1")
+            self._store.set("ended", "1")
         self._store.set(f"done/{distributed.rank()}", "1")
         names = [f"done/{rank}" for rank in range(distributed.world_size())]
         while not self._store.check(names):
+            PROCESS.progress()  # waiting is not being stuck
             if stop():
-                raise Interrupted("stopped while waiting for other ranks; what is finished is saved")
+                self._stop()
             time.sleep(0.02)
+        distributed.barrier()  # a wish that came while others waited is seen by all
+        return self._store.check(["stopped"])
 
 
 def _open_together(
