@@ -214,6 +214,7 @@ def test_rooms_and_arrows() -> None:
             "data",
             "models",
             "settings",
+            "checks",
             "errors",
             "files",
             "schema",

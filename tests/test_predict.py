@@ -393,7 +393,7 @@ def test_bad_input_is_one_line(trained: Path, data: dict[int, Path], tmp_path: P
         ([*given, "--views", "5y3"], "expected KxC"),
         ([*given, "predict.view.count=3"], "did you mean predict.views.count"),
         ([*given, "model.depth=3"], "a prediction has the run's setting"),
-        ([*given, "predict.save_every=0"], "at least 1"),
+        ([*given, "predict.save_every=0"], "expected int, between 1 and"),
         ([*given, "stray"], "unknown argument stray"),
     ):
         with pytest.raises(UserError, match=text) as caught:

@@ -73,6 +73,7 @@ def test_an_interpolated_number_is_refused(refused_file: Callable[[str], str], m
         ("train: {null: 3}", "unknown setting train.null"),
         ("train: {~: 3}", "unknown setting train.null"),
         ("? [a, b]\n: 3", "unhashable key"),
+        ("seed: " + "9" * 400, "(400 characters): expected int"),
         ("seed: " + "9" * 5000, "(5000 characters): expected int"),
         ("optim: {lr: " + "9" * 5000 + "}", "expected float | null, above 0"),
         ("seed: " + "[" * 500 + "]" * 500, "nested too deeply"),
@@ -181,6 +182,7 @@ def test_bounds() -> None:
     inside = (0, 0.5, -0.1, 1, float("nan"), float("inf"), float("-inf"))
     assert [n in half_open for n in inside] == [True, True, False, False, False, False, False]
     assert [n in Bounds(above=0) for n in (0, 1e-9, float("inf"))] == [False, True, False]
+    assert 10**400 not in half_open
     assert str(half_open) == "at least 0 and below 1"
     assert str(Bounds(low=1, high=3)) == "between 1 and 3"
     assert str(Bounds(above=0, high=2)) == "above 0 and at most 2"

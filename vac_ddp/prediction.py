@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from vac_ddp.engine.lock import RunLock
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.inference import evaluation, scoring, submission
+from vac_ddp.inference.fingerprint import fingerprint
 from vac_ddp.inference.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
 from vac_ddp.inference.parts import FOLDER
 from vac_ddp.inference.run import Done, Task, predict_views
@@ -110,12 +110,15 @@ def make_task(
         "precision": precision,
         "model": config.model.name,
     }
-    fingerprint = {"weights": source.sha256[:16], "data": data_mark(index)}
-    fingerprint |= {"precision": precision}
-    if config.data.decode != "cpu":
-        fingerprint |= {"decode": config.data.decode}
-    for group in ("clip", "views"):
-        fingerprint |= {f"{group}.{name}": str(value) for name, value in settings[group].items()}
+    marks = fingerprint(
+        config,
+        index,
+        weights=source.sha256,
+        precision=precision,
+        device=device.type,
+        version=__version__,
+        frames=distributed.is_main(),
+    )
     return Task(
         head=ViewsHead(
             ids=names,
@@ -129,23 +132,16 @@ def make_task(
                 "weights": source.sha256,
                 "settings": settings,
                 "average": config.predict.average,
-                "fingerprint": fingerprint,
+                "fingerprint": marks,
                 "versions": {"vac_ddp": __version__, "torch": torch.__version__},
             },
         ),
         costs=video_costs(
             index.frame_counts, lambda n: test_windows(n, config.clip, views), views.crops * (2 if views.flip else 1)
         ),
-        fingerprint=fingerprint,
+        fingerprint=marks,
         prior=log_prior(source.class_counts, len(classes)),
     )
-
-
-def data_mark(index: Index) -> str:
-    """What tells one set of videos from another: how many, and a hash over their names and numbers of frames."""
-    digest = hashlib.sha256("\n".join(index.names).encode("utf-8", "surrogateescape"))
-    digest.update(np.asarray(index.frame_counts, "<i8").tobytes())
-    return f"{len(index)} videos, {digest.hexdigest()[:16]}"
 
 
 def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:

@@ -22,7 +22,8 @@ class Bounds:
 
     def __contains__(self, number: float) -> bool:
         return (
-            math.isfinite(number)
+            abs(number) != math.inf
+            and number == number  # not NaN; math.isfinite takes no integer of 400 digits
             and (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
             and (self.above is None or number > self.above)

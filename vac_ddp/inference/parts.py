@@ -19,6 +19,7 @@ import numpy as np
 
 from vac_ddp.errors import UserError
 from vac_ddp.files import sweep_partials, write_atomic, write_json
+from vac_ddp.inference.fingerprint import differences
 from vac_ddp.inference.viewsfile import NAME, read_views
 from vac_ddp.schema import read_json
 
@@ -107,12 +108,12 @@ def open_out(
         return _begin(out, fingerprint, nothing)
     if (out / NAME).exists():
         views = read_views(out / NAME)
-        _compare(views.about.get("fingerprint", {}), fingerprint, out / NAME)
+        _compare(views.about.get("fingerprint", {}), fingerprint, out / NAME, say)
         return Found(complete=True, parts=[], done=np.arange(videos))
     stored = out / FOLDER / FINGERPRINT
     if stored.exists():
         before = read_json(stored, dict[str, str], remedy="--overwrite starts anew")
-        _compare(before, fingerprint, out / FOLDER)
+        _compare(before, fingerprint, out / FOLDER, say)
         parts, done = read_parts(out, kind, videos, say)
         return Found(complete=False, parts=parts, done=done)
     foreign = [name for name in RESULTS if (out / name).exists()]
@@ -141,12 +142,12 @@ def _begin(out: Path, fingerprint: dict[str, str], nothing: Found) -> Found:
     return nothing
 
 
-def _compare(stored: dict[str, str], now: dict[str, str], where: Path) -> None:
-    changed = [
-        f"{name} ({stored.get(name, 'none')} there, {now[name]} now)" for name in now if stored.get(name) != now[name]
-    ]
+def _compare(stored: dict[str, str], now: dict[str, str], where: Path, say: Callable[[str], None]) -> None:
+    changed, missing = differences(stored, now)
     if changed:
         raise UserError(
             f"{where} is of another prediction: {', '.join(changed)} changed; give another --out, "
-            "or --overwrite to throw it away"
+            "or --overwrite to discard it"
         )
+    if missing:
+        say(f"{where} is of an earlier version, which did not record {', '.join(missing)}: assumed to be the same")

@@ -257,7 +257,7 @@ def hear(
 
     classes: (K,) names; an unlabelled index has none. counts: (K,) training videos of each class.
     """
-    from vac_ddp.prediction import data_mark
+    from vac_ddp.inference.fingerprint import data_mark
 
     length, index = model.settings.samples, sounds.index
     prior = np.log(np.maximum(counts, 0.5) / np.maximum(counts, 0.5).sum()).astype(np.float32)
