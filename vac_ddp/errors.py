@@ -83,6 +83,8 @@ def plain(error: BaseException) -> BaseException:
         return UserError(f"{shown}: {(error.strerror or '').lower()} ({len(name)} characters): give another name")
     if isinstance(error, ValueError) and "null byte" in str(error):
         return UserError("a file name has a zero byte in it: give another name")
+    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
+        return UserError("a path begins with ~, and there is no home directory (HOME is not set): give a full path")
     return error
 
 

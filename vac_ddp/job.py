@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,7 @@ class Job:
         self.tracker.say(f"log, figures  {self.folder / 'log.txt'}, {self.folder / 'metrics.jsonl'}")
         if report and distributed.is_main():
             self._report()
-        self.tracker.say(f"next          vac predict --run {self.folder} --data data_test", fit=False)
+        self.tracker.say(f"next          vac predict --run {shlex.quote(str(self.folder))} --data data_test", fit=False)
 
     def _report(self) -> None:
         """Write report.html. A run that is done is done: what goes wrong here is one line."""
@@ -86,7 +87,10 @@ class Job:
             if views is not None and self.tracker.shows_pictures:
                 show_pictures(self.tracker, views, self.data.val_index, self.loop.position.step)
         except Exception as error:
-            self.tracker.say(f"no report.html ({type(error).__name__}: {error}); vac report {self.folder} makes one")
+            self.tracker.say(
+                f"no report.html ({type(error).__name__}: {error}); "
+                f"vac report {shlex.quote(str(self.folder))} makes one"
+            )
 
     def facts(self) -> dict[str, Any]:
         """For the status file."""

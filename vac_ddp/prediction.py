@@ -17,7 +17,7 @@ import torch
 from vac_ddp import __version__, distributed
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.gpu_decode import check_decoder
-from vac_ddp.data.index import Index, cache_path, open_index
+from vac_ddp.data.index import Index, cache_name, open_index
 from vac_ddp.data.loader import worker_count
 from vac_ddp.data.sampling import test_windows
 from vac_ddp.data.sources import find_sources
@@ -78,7 +78,7 @@ def read_index(root: Path, config: Config, source: Source, out: Path, *, labelle
             settings=config.data,
             classes=source.classes if labelled else None,
             scan=distributed.is_main(),
-            cache_file=out / FOLDER / cache_path(root, labelled=labelled, settings=config.data).name,
+            cache_file=out / FOLDER / cache_name(root, labelled=labelled, settings=config.data),
         )
 
     return distributed.main_first(read, read)

@@ -182,13 +182,24 @@ def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Ind
     )
 
 
-def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path:
-    """Where the scan of `root` is kept."""
-    folder = Path(settings.cache).expanduser() if settings.cache else Path.home() / ".cache" / "vac_ddp"
+def cache_name(root: Path, *, labelled: bool, settings: DataSettings) -> str:
+    """The file name under which the scan of `root` is kept."""
     where = os.path.realpath(root)
     pattern = f"\n{settings.frame_pattern}" if settings.frame_pattern else ""
     key = hashlib.sha256(f"{where}\n{labelled}{pattern}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    return folder / f"index-{key}.npz"
+    return f"index-{key}.npz"
+
+
+def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path | None:
+    """Where the scan of `root` is kept; None: the setting names no folder, and this user has no home."""
+    if settings.cache:
+        folder = Path(settings.cache).expanduser()
+    else:
+        try:
+            folder = Path.home() / ".cache" / "vac_ddp"
+        except RuntimeError:  # no HOME and no passwd entry, as in a container with a user id of its own
+            return None
+    return folder / cache_name(root, labelled=labelled, settings=settings)
 
 
 def cached_scan(
@@ -196,7 +207,7 @@ def cached_scan(
 ) -> Scan:
     """What the cache knows of `root`, if that still holds, else a new scan, which is then kept (see `open_index`)."""
     default = cache_path(root, labelled=labelled, settings=settings)
-    places = [default] if cache_file is None else [Path(cache_file), default]
+    places = [place for place in (cache_file and Path(cache_file), default) if place]
     for i, place in enumerate(places):
         stored = read_scan(place)
         if stored is None:
@@ -208,7 +219,10 @@ def cached_scan(
                 _keep(stored, [*stale, *(other for other in later if not other.exists())], cache_file)
             return stored
     if not scan:
-        raise UserError(f"no index of {root} at {places[0]}: rank 0 must have written it to a folder all ranks see")
+        raise UserError(
+            f"no index of {root} at {places[0] if places else 'any place'}: rank 0 must have written it to a folder "
+            "that all ranks see"
+        )
     found = scan_root(root, labelled=labelled, pattern=settings.frame_pattern)
     _keep(found, places, cache_file)
     return found
@@ -339,7 +353,10 @@ def _whole_list(index: Index, found: Scan, bad: np.ndarray, settings: DataSettin
     """Where more are bad than one line can name: write all of them down, and say where."""
     if len(bad) <= _NAMED:
         return ""
-    path = cache_path(index.root, labelled=True, settings=settings).with_suffix(".bad.txt")
+    kept = cache_path(index.root, labelled=True, settings=settings)
+    if kept is None:
+        return ""
+    path = kept.with_suffix(".bad.txt")
     lines = [f"{escaped(found.names[i])}\t{scanning.STATES[found.states[i]]}\n" for i in bad]
     try:
         write_text(path, "".join(lines))

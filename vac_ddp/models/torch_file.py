@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):
             stored_zip(path, remedy=REMEDY)
-        # Official checkpoints carry their arguments as a Namespace: attributes, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -43,6 +43,25 @@ def read_torch(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     check_tensors(content, path)
     return content
+
+
+def numpy_scalar(dtype: np.dtype, data: bytes) -> float | int | bool:
+    """What numpy's own function of this place in a pickle makes of a number, as a Python number.
+
+    Raises ValueError for anything but one number.
+    """
+    if dtype.kind not in "biuf" or not isinstance(data, bytes) or len(data) != dtype.itemsize:
+        raise ValueError(f"a numpy scalar of type {dtype} that is not one number")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+# Plain values beside the tensors of official checkpoints: arguments (attributes, no code) and numbers of numpy.
+_SAFE = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
+    *((numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 def _explained(error: Exception, path: Path) -> UserError:

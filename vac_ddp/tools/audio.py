@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     train = np.array([video for video in split.train.tolist() if sounds.lengths[video]], np.int64)
     print(f"{len(train)} of {len(split.train)} training videos have sound", flush=True)
     if len(np.unique(index.labels[train])) < 2:
-        raise UserError(f"fewer than two classes of {index.root} have sound: `vac extract --audio` writes {audio.NAME}")
+        raise UserError(_too_few(index, sounds))
     settings = SoundSettings(
         seconds=options.seconds, mels=options.mels, backbone=options.backbone, pretrained=options.pretrained
     )
@@ -79,6 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     if damaged:
         raise Findings(f"{len(damaged)} sounds cannot be used: {'; '.join(damaged[:NAMED])}")
     return 0
+
+
+def _too_few(index: Index, sounds: Sounds) -> str:
+    """Why fewer than two classes have sound: sounds that cannot be used, or that there are none."""
+    few = f"fewer than two classes of {index.root} have sound that can be used"
+    if sounds.damaged:
+        some = "; ".join(sounds.damaged[:NAMED])
+        return f"{len(sounds.damaged)} of {len(index)} sounds cannot be used, and so {few}: {some}"
+    return f"{few}: `vac extract --audio` writes {audio.NAME}"
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:

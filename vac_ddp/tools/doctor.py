@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -206,7 +207,10 @@ def examine(config: Config, say: Callable[[str], None]) -> Found:
         frames = [path.read_bytes() for path in paths]
     frames = [data for data in frames if _whole(data)]
     if not frames:
-        raise UserError(f"none of the {len(paths)} sampled frames of {root} can be decoded: vac audit {root} says more")
+        raise UserError(
+            f"none of the {len(paths)} sampled frames of {root} can be decoded: "
+            f"vac audit {shlex.quote(str(root))} says more"
+        )
     size, shape = float(np.mean([len(data) for data in frames])), frame_size(frames[0])
     say(f"{'frames':<22} {where}: {shape[1]}x{shape[0]}, {size / 1024:.1f} KB")
     one = decode_rate_together(frames, config, 1)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Facts:
     """What was found. mean, std: of the pixels, 0 to 1, by channel."""
 
     data: str
+    frame_pattern: str | None
     classes: list[str]
     counts: list[int]
     lengths: list[int]
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vac init", description=ABOUT, allow_abbrev=False)
     parser.add_argument("data", metavar="DATA", help="<class>/<video>/*.jpg, a packed set, or a CSV (path,label)")
     parser.add_argument("--out", metavar="FILE", default="train.yaml", help="what to write (default: train.yaml)")
+    parser.add_argument("--frame-pattern", metavar="X", help="data.frame_pattern, where folders hold other pictures")
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     out = Path(options.out).expanduser()
@@ -73,15 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     inside = Path(options.data).expanduser() / "data_train"
     if inside.is_dir():
         raise UserError(f"{options.data} holds a data_train: give that, {inside}")
-    index = open_index(options.data, labelled=True, settings=DataSettings())
-    facts = look(options.data, index)
+    settings = DataSettings(frame_pattern=options.frame_pattern)
+    index = open_index(options.data, labelled=True, settings=settings)
+    facts = look(options.data, index, settings.frame_pattern)
     text = settings_text(facts)
     checked = read_text(text, out)
     split = make_split(index, checked.data, seed=checked.seed)
     files.write_text(out, text)
     print("\n".join(summary(facts)))
     print(f"parts        {len(split.train)} videos to train on, {len(split.val)} to validate")
-    print(f"\nwrote {out}; next:\n  vac audit {options.data}\n  vac train --config {out}")
+    words = [f"data.frame_pattern={settings.frame_pattern}"] if settings.frame_pattern else []
+    print(f"\nwrote {out}; next:")
+    for command in (["vac", "audit", options.data, *words], ["vac", "train", "--config", str(out)]):
+        print(f"  {shlex.join(command)}")
     return 0
 
 
@@ -104,7 +111,7 @@ def read_text(text: str, out: Path) -> Config:
 # ---------------------------------------------------------------- looking
 
 
-def look(data: str, index: Index) -> Facts:
+def look(data: str, index: Index, frame_pattern: str | None = None) -> Facts:
     """Everything the settings depend on."""
     names, classes = list(index.names), [index.classes[label] for label in index.labels.tolist()]
     regex, sources = group(names, classes)
@@ -113,6 +120,7 @@ def look(data: str, index: Index) -> Facts:
     weights, why = choose_weights(bool(gpus), len(index))
     return Facts(
         data=data,
+        frame_pattern=frame_pattern,
         classes=list(index.classes),
         counts=np.bincount(index.labels, minlength=len(index.classes)).tolist(),
         lengths=np.asarray(index.frame_counts).tolist(),
@@ -231,6 +239,8 @@ def _text(value: str) -> str:
 
 def _data(facts: Facts) -> str:
     lines = ["data:", f"  train: {_text(facts.data)}"]
+    if facts.frame_pattern:
+        lines += [f"  frame_pattern: {_text(facts.frame_pattern)}"]
     if facts.regex:
         lines += ["  group_by: regex              # clips of one source stay on one side of the split"]
         lines += [f"  group_regex: '{facts.regex}'"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workers", type=number(int, low=1, high=1024), default=8, help="threads that read (%(default)s)"
     )
+    parser.add_argument("--frame-pattern", metavar="X", help="data.frame_pattern, where folders hold other pictures")
     parser.add_argument("--cache", help="folder of cached indexes (default: ~/.cache/vac_ddp)")
     options = parser.parse_args(argv)
     if options.verify:
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
         options.data,
         options.out,
         labelled=options.labelled,
-        settings=DataSettings(cache=options.cache),
+        settings=DataSettings(cache=options.cache, frame_pattern=options.frame_pattern),
         shard_bytes=options.shard_mib << 20,
         workers=options.workers,
     )
@@ -79,7 +81,8 @@ def main(argv: list[str]) -> int:
     if done.unreadable:
         some = ", ".join(done.unreadable[:_NAMED])
         print(f"{len(done.unreadable)} frames could not be read and are empty in the packed set: {some}")
-    print(f"use it as data.train={options.out} or --data {options.out}")
+    out = shlex.quote(str(options.out))
+    print(f"use it as data.train={out} or --data {out}")
     return FINDINGS if done.unreadable else DONE
 
 

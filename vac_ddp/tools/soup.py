@@ -7,6 +7,7 @@ from the same weights; runs that began at different random weights have nothing 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     for note in notes:
         print(note)
     print(f"{len(options.runs)} runs averaged: {path}")
-    print(f"next: vac predict --weights {path} --data data_val")
+    print(f"next: vac predict --weights {shlex.quote(str(path))} --data data_val")
     return 0
 
 
