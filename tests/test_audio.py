@@ -181,3 +181,18 @@ def _vac(*words: str) -> None:
         [sys.executable, "-m", "vac_ddp.cli", *words], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_sounds_that_cannot_be_used_are_the_first_reason(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(root / name / "1.png")
+        write_wav(root / name / audio.NAME, np.zeros(100, np.int16), rate=44100)
+    words = [str(root), "--out", str(tmp_path / "o"), f"data.cache={tmp_path}"]
+    with pytest.raises(UserError, match=r"^4 of 4 sounds cannot be used, .*16 bits at 44100 Hz, expected 16 bits at"):
+        command.main(words)
+    for sound in root.rglob(audio.NAME):
+        sound.unlink()
+    with pytest.raises(UserError, match=r"^fewer than two classes .*vac extract --audio"):
+        command.main(words)

@@ -5,7 +5,10 @@ What is right is said in the folder's README.md; here is how it is checked. With
 
 from __future__ import annotations
 
+import csv
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,12 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.support import environment, ffmpeg_program, shared
+from tests.support import REPO, environment, ffmpeg_program, shared
 from vac_ddp import prediction
+from vac_ddp.data.index import open_index
 from vac_ddp.data.video import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
+from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.models.sources import open_source
+from vac_ddp.settings import DataSettings
 from vac_ddp.tools import extract
 
 
@@ -157,3 +165,159 @@ def test_c22_predict_reads_a_file_as_extract_does(prepare: Callable[..., Path], 
         "rot90.mp4": (10, 160, 120),
         "sar.avi": (10, 160, 128),
     }
+
+
+# ---------------------------------------------------------------- folders, lists and samples
+
+
+def vac(
+    *words: str | Path, cwd: Path, status: int = 0, timeout: float = 300, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `vac WORDS` in `cwd`; its exit status must be `status`."""
+    command = [sys.executable, "-m", "vac_ddp.cli", *map(str, words)]
+    variables = environment(XDG_CACHE_HOME=str(cwd), HOME=str(cwd), **extra)
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+TINY_RUN = ("--config", "scratch_small", "--nproc", "1", "run.dir=run", "train.epochs=1", "train.max_steps=2",
+            "train.global_batch=8", "data.workers=0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(prepare: Callable[..., Path]) -> Path:
+    """The small data set and the run that several cases use."""
+    common = prepare("common")
+    if not (common / "base" / "run").exists():
+        with_vac(common / "base.sh")
+    return common / "base"
+
+
+def with_vac(script: Path, *arguments: str, timeout: float = 300) -> str:
+    """Run a script that calls `vac`, which is this checkout's; its output."""
+    programs = script.parent / "programs"
+    programs.mkdir(exist_ok=True)
+    (programs / "vac").write_text(f'#!/bin/sh\nPYTHONPATH={REPO} exec {sys.executable} -m vac_ddp.cli "$@"\n')
+    (programs / "vac").chmod(0o755)
+    path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(script), *arguments]
+    done = subprocess.run(command, env=environment(PATH=path), capture_output=True, text=True, timeout=timeout)
+    return done.stdout + done.stderr
+
+
+def test_c09_rgb_and_flow_in_one_folder_need_a_choice(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    data = prepare("common", "c09_rgbflow") / "data_train"
+    for words in (("audit", data), ("train", *TINY_RUN, f"data.train={data}")):
+        said = vac(*words, cwd=tmp_path, status=2).stderr
+        assert "16 of 16 videos" in said
+        assert "flow_x_*.jpg (19), flow_y_*.jpg (19), img_*.jpg (20)" in said
+        assert "data.frame_pattern='img_*.jpg'" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    said = vac("audit", data, "data.frame_pattern=img_*.jpg", cwd=tmp_path, status=3).stdout
+    assert "16 videos       320 frames" in said
+
+
+def test_c10_samples_are_followed_or_refused(prepare: Callable[..., Path], base: Path, tmp_path: Path) -> None:
+    case = prepare("common", "c10_sample")
+    words = ("predict", "--run", base / "run", "--data", base / "data_test", "--overwrite", "--out", tmp_path / "out")
+    rows = {}
+    for name in ("probs", "ext", "nulls"):
+        vac(*words, "--sample", case / f"{name}.csv", cwd=tmp_path)
+        with (tmp_path / "out" / "submission.csv").open() as stream:
+            rows[name] = list(csv.reader(stream))
+    views = read_views(tmp_path / "out")
+    logits = views.logits.astype(np.float64).mean(axis=1)
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    assert rows["probs"][0] == ["id", "run", "walk"]
+    np.testing.assert_allclose(np.array(rows["probs"][1:], float)[:, 1:], shares, atol=1e-6)
+    answers = [["run", "walk"][number] for number in shares.argmax(1)]
+    assert rows["ext"] == [["filename", "label"], *([f"{i + 1:05d}.mp4", answer] for i, answer in enumerate(answers))]
+    assert rows["nulls"] == [["Id", "Category"], *([f"{i + 1:05d}", answer] for i, answer in enumerate(answers))]
+    for name, says in (("c0c1", "columns c0, c1"), ("semicolon", "with commas"), ("utf16", "not UTF-8")):
+        assert says in vac(*words, "--sample", case / f"{name}.csv", cwd=tmp_path, status=2).stderr
+
+
+def test_c11_names_that_are_not_utf8_work_end_to_end(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    """Folders and a list; everything written is UTF-8, with the names escaped the same way everywhere."""
+    case = prepare("common", "c11_surrogate")
+    vac("train", *TINY_RUN, f"data.train={case / 'data_train'}", cwd=tmp_path)
+    vac("predict", "--run", "run", "--data", case / "data_test", "--out", "out", cwd=tmp_path)
+    vac("score", "out", "--out", "scored", cwd=tmp_path)
+    names = json.loads((tmp_path / "run" / "classes.json").read_text(encoding="utf-8"))
+    assert len(names) == 2
+    for path in (*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.jsonl"), *tmp_path.rglob("*.txt"),
+                 *tmp_path.rglob("*.yaml"), *tmp_path.rglob("*.html")):  # fmt: skip
+        path.read_bytes().decode("utf-8")
+    answers = {line.rpartition(",")[2] for line in (tmp_path / "scored/submission.csv").read_text().splitlines()[1:]}
+    assert answers <= set(names)
+    for script, source in ((case / "make2.py", case / "train2"), (case / "make.py", case / "list.csv")):
+        run_script(script)
+        vac("train", *TINY_RUN, f"data.train={source}", "run.overwrite=true", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("home", ["unset", "/"])
+def test_c12_a_user_without_a_home_trains(prepare: Callable[..., Path], base: Path, home: str) -> None:
+    if subprocess.run(["unshare", "-U", "true"], capture_output=True).returncode:
+        pytest.skip("no right to make a user namespace")
+    said = with_vac(prepare("common", "c12_nouser") / "run.sh", home)
+    assert said.rstrip().endswith("rc=0"), said
+    assert "Traceback" not in said
+
+
+@pytest.mark.fault
+def test_c13_a_small_dev_shm_is_enough(prepare: Callable[..., Path], base: Path) -> None:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    script = prepare("common", "c13_shm") / "run.sh"
+    script.write_text(script.read_text().replace("timeout 150", "timeout 500"))
+    said = with_vac(script, timeout=600)
+    assert said.rstrip().endswith("rc=0"), said
+
+
+def test_c14_official_weights_with_a_numpy_number_are_read(prepare: Callable[..., Path], base: Path) -> None:
+    case = prepare("c14_official")  # of the weights of `base`
+    own = open_source(str(base / "run" / "best_videomae.pt")).state
+    for name in ("finetuned.pth", "mp_rank_00_model_states.pt"):
+        source = open_source(str(case / name))
+        assert source.arguments is not None and source.arguments["lr"] == 5e-4
+        assert torch.equal(source.state["head.weight"], own["classifier.weight"])
+
+
+def test_c15_lists_are_read_whatever_tool_wrote_them(prepare: Callable[..., Path], base: Path, tmp_path: Path) -> None:
+    case = prepare("common", "c15_csv")
+    settings = DataSettings(cache=str(tmp_path))
+    for path in sorted(case.glob("*.*")):
+        if path.name in ("make.py", "videos.csv"):
+            continue
+        index = open_index(path, labelled=True, settings=settings)
+        classes = {"floats": ["0.0", "1.0"], "videomae": ["0", "1"], "mmaction": ["0", "1"], "noheader": ["0", "1"]}
+        assert index.classes == classes.get(path.stem, ["run", "walk"])
+        assert [Path(name).parts[-2:] for name in index.names] == [
+            (name, f"v{video}") for name in ("run", "walk") for video in range(10)
+        ]
+        assert index.labels.tolist() == [0] * 10 + [1] * 10
+        assert index.frame_counts.tolist() == [20] * 20
+    with pytest.raises(UserError, match=r"src.mp4: cut them into frames with `vac extract`"):
+        open_index(case / "videos.csv", labelled=True, settings=settings)
+
+
+def test_c17_pointers_in_place_of_frames_are_named(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    data = prepare("common", "c17_lfs") / "data_train"
+    said = vac("audit", data, cwd=tmp_path, status=3).stdout
+    assert "no frame of any video of the data decodes" in said
+    assert "git lfs pull" in said
+    assert "git-lfs pointer" in vac("train", *TINY_RUN, f"data.train={data}", cwd=tmp_path, status=2).stderr
+
+
+def test_c21_unusual_frames_and_names(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    case = prepare("common", "c21_oddframes")
+    data = case / "data 100% é🙂"
+    said = vac("audit", data, cwd=tmp_path, status=3).stdout
+    assert "walk it/kinds: 1 of 12 frames, the first 12.jpg: " in said
+    assert "-1" not in said.split("12.jpg: ")[1].splitlines()[0]
+    said = vac("init", data, "--out", tmp_path / "my settings.yaml", cwd=tmp_path).stdout
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  vac ")]
+    assert commands == [["vac", "audit", str(data)], ["vac", "train", "--config", str(tmp_path / "my settings.yaml")]]
+    vac("train", *TINY_RUN, f"data.train={data}", cwd=tmp_path)

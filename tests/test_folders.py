@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.frame_data import jpeg, write_video
+from tests.support import environment
 from vac_ddp import cli
+from vac_ddp.config import read_yaml
 from vac_ddp.data.contents import meaning
 from vac_ddp.data.decode import DamagedFrame, decode_frame
 from vac_ddp.data.frame_types import stranger, types_of
 from vac_ddp.data.index import open_index
-from vac_ddp.errors import UserError
+from vac_ddp.errors import UserError, plain
 from vac_ddp.settings import DataSettings
 
 
@@ -196,3 +201,58 @@ def test_pointers_in_place_of_frames_are_named_everywhere(
     assert "no frame of any video of the data decodes" in findings.splitlines()[1]
     assert "git lfs pull" in findings.splitlines()[1]
     assert "no source can be held out" not in printed
+
+
+# ---------------------------------------------------------------- places
+
+
+def test_without_a_home_there_is_no_cache_and_all_else_works(tmp_path: Path) -> None:
+    """A container with a user id that /etc/passwd does not know, HOME unset; and HOME in a place that is read-only."""
+    root = tree(tmp_path / "d")
+    code = f"""
+import pwd, os
+def nobody(user): raise KeyError(user)
+pwd.getpwuid = nobody
+from pathlib import Path
+from vac_ddp.data.index import cache_path, open_index
+from vac_ddp.settings import DataSettings
+print(cache_path(Path({str(root)!r}), labelled=True, settings=DataSettings()))
+print(open_index({str(root)!r}, labelled=True, settings=DataSettings()).frame_counts.sum())
+"""
+    for home, kept in ((None, "None"), ("/proc/1/none", "/proc/1/none/.cache/vac_ddp/")):
+        variables = environment()
+        variables.pop("HOME", None)
+        if home:
+            variables["HOME"] = home
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        where, frames = done.stdout.split()
+        assert where.startswith(kept)
+        assert frames == "16"
+    assert "HOME is not set" in str(plain(RuntimeError("Could not determine home directory.")))
+
+
+def test_printed_commands_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "my data $HOME 100% 🙂")
+    out = tmp_path / "it's.yaml"
+    assert cli.main(["init", str(root), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line) for line in said if line.startswith("  vac ")]
+    assert commands == [["vac", "audit", str(root)], ["vac", "train", "--config", str(out)]]
+    packed = tmp_path / "a pack"
+    assert cli.main(["pack", str(root), str(packed)]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words == ["use", "it", "as", f"data.train={packed}", "or", "--data", str(packed)]
+
+
+def test_frame_pattern_reaches_init_and_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "d")
+    for folder in root.glob("*/*"):
+        for frame in range(3):
+            (folder / f"flow_{frame:04d}.jpg").write_bytes(jpeg(16, 16))
+    assert cli.main(["init", str(root), "--out", str(tmp_path / "a.yaml"), "--frame-pattern", "[0-9]*"]) == 0
+    assert read_yaml(tmp_path / "a.yaml").data.frame_pattern == "[0-9]*"
+    assert "data.frame_pattern=[0-9]*" in capsys.readouterr().out.replace("'", "")
+    assert cli.main(["pack", str(root), str(tmp_path / "p"), "--frame-pattern", "flow_*"]) == 0
+    index = open_index(tmp_path / "p", labelled=True, settings=DataSettings())
+    assert index.frame_counts.tolist() == [3] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import http.server
 import json
@@ -10,12 +11,14 @@ import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_videomae import official_state
 from tests.test_weights import assert_same_logits, edit_config, hf_directory, hf_model, load, rewrite, scratch
 from vac_ddp.errors import UserError
+from vac_ddp.models.torch_file import read_torch
 
 # ---------------------------------------------------------------- what is refused
 
@@ -251,3 +254,39 @@ def test_a_hub_id_is_downloaded_once_and_a_wrong_name_is_said(hub):
     (hub / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights"):
         load("someone/tiny")
+
+
+class Harmful:
+    """Pickles as a call."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.call[0], tuple(self.call[1:])
+
+
+def test_numbers_of_numpy_beside_the_tensors_are_read_and_nothing_else(tmp_path: Path) -> None:
+    """As official checkpoints have them; what numpy itself would build from a pickle is never called."""
+    path = tmp_path / "a.pth"
+    numbers = [np.float64(81.2), np.float32(1.5), np.int64(-3), np.bool_(True), np.float16(2)]
+    arguments = argparse.Namespace(lr=np.float64(5e-4), model="vit")
+    torch.save({"model": {"w": torch.ones(2)}, "best": numbers, "args": arguments}, path)
+    read = read_torch(path)
+    assert read["best"] == [number.item() for number in numbers]
+    assert {type(number) for number in read["best"]} == {float, int, bool}
+    assert read["args"].lr == 5e-4
+    scalar = np.float64(0).__reduce__()[0]
+    ran = tmp_path / "ran"
+    for harm in (
+        Harmful(os.system, f"touch {ran}"),
+        Harmful(scalar, np.dtype("O"), b"x" * 8),
+        Harmful(scalar, np.dtype("f8"), b"x" * 4),
+        Harmful(scalar, np.dtype("V1000000000"), b""),
+        np.array([object()], object),
+    ):
+        torch.save({"model": {"w": torch.ones(2)}, "x": harm}, path)
+        with pytest.raises(UserError) as caught:
+            read_torch(path)
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()
