@@ -172,6 +172,7 @@ def test_a_class_with_a_comma_is_quoted_whatever_the_sample_has() -> None:
         ("id,class\n1,x\n2,x\n3,x,y\n", "line 4: 3 fields, the header has 2"),
         ("id,class\n1,x\n2\n3,x\n", "line 3: 1 fields"),
         ('id,class\n1,"x"y\n2,x\n3,x\n', "line 2 of the sample file: a quote"),
+        ('id,class\n1,"x\n2,x\n3,x\n', "line 2 of the sample file: a quote"),
         ("id,class\n1.0,x\n2,x\n3,x\n", "asks for the id '1.0'"),
     ],
 )

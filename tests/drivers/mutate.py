@@ -12,7 +12,7 @@ from vac_ddp.data.scan import looks_labelled, scan_root
 from vac_ddp.data.sources import find_sources
 from vac_ddp.data.video_list import read_list
 from vac_ddp.errors import UserError
-from vac_ddp.inference.submission import read_sample, sample_note, submission_after, write_submission
+from vac_ddp.inference.submission import parse, read_sample, sample_note, submission_after, write_submission
 from vac_ddp.settings import DataSettings
 
 PIECES = [b",", b";", b"\t", b"|", b" ", b"\n", b"\r", b"\r\n", b'"', b'""', b"\0", b"\xff\xfe", b"\xfe\xff",
@@ -76,6 +76,13 @@ SAMPLES = [
 ]
 
 
+def _parts(text: str) -> bool:
+    try:
+        return bool(parse(text))
+    except UserError:
+        return False
+
+
 def try_samples(folder: Path, *, count: int, rng: np.random.Generator) -> Counter[str]:
     """Write `count` submissions after damaged samples: the submission has the sample's ids, or is not there."""
     counted: Counter[str] = Counter()
@@ -97,6 +104,7 @@ def try_samples(folder: Path, *, count: int, rng: np.random.Generator) -> Counte
             continue
         sample_note(text, ["run", "walk"], "sample")
         assert number % 5 or out.read_bytes() == written.encode()
+        assert _parts(written), ascii(text)
         again = submission_after(written, names, answers, probabilities=shares, classes=["run", "walk"])
         assert again == written, "a submission is its own sample"
         counted["read"] += 1

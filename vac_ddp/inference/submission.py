@@ -182,7 +182,9 @@ def parse(text: str) -> list[Record]:
         match = _CELL.match(text, place)
         cell = match.group() if match else ""
         place += len(cell)
-        if place < len(text) and text[place] not in ",\r\n":
+        inner = cell.strip(" \t")
+        unclosed = inner.startswith('"') and (len(inner) < 2 or not inner.endswith('"'))
+        if unclosed or (place < len(text) and text[place] not in ",\r\n"):
             raise UserError(f"line {line} of the sample file: a quote that does not end a field")
         cells.append(cell)
         if place < len(text) and text[place] == ",":
