@@ -72,7 +72,8 @@ def watch(loop: Loop, spent: dict[str, list[float]]) -> None:
     run = loop.stepper.run
 
     def step(*arguments: Any, **named: Any) -> None:
-        flying = bool(loop.writer is not None and loop.writer.thread is not None and loop.writer.thread.is_alive())
+        writer = loop.saver.writer
+        flying = writer is not None and writer.thread is not None and writer.thread.is_alive()
         begun = time.perf_counter()
         run(*arguments, **named)
         spent["step beside a save" if flying else "step"].append(time.perf_counter() - begun)

@@ -145,10 +145,10 @@ def test_overwriting_that_cannot_start_gives_everything_back(tmp_path: Path) -> 
     assert {p.name for p in folder.iterdir()} == {"checkpoints", "metrics.jsonl", "notes.txt"}
     assert list(tmp_path.iterdir()) == [folder]
     run = run_dir.open_run(RunSettings(dir=str(folder), overwrite=True), {}, print)
-    run.begin()
+    run.begin(print)
     run.discard()  # as at the end of every run
     run.lock.release()
-    assert {p.name for p in folder.iterdir()} == {"notes.txt", "overwrote.json"}
+    assert {p.name for p in folder.iterdir()} == {"notes.txt", "start.json"}
     (aside,) = run.discarded
     assert (aside / "metrics.jsonl").read_text() == "old\n"  # until the new run has a checkpoint
 

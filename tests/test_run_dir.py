@@ -116,7 +116,7 @@ def test_a_start_that_was_killed_while_it_renamed_is_mentioned_and_nothing_remov
     (aside / "metrics.jsonl").write_text("old\n")
     said: list[str] = []
     run = run_dir.open_run(RunSettings(dir=str(tmp_path / "run")), {}, said.append)
-    run.begin()
+    run.begin(said.append)
     run.lock.release()
     assert len(said) == 1 and str(aside) in said[0] and "rename it to keep it" in said[0]
     assert run.discarded == []

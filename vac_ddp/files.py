@@ -185,9 +185,14 @@ def flush_directory(folder: Path) -> None:
         _flush(folder)
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data`, atomically."""
+    write_atomic(path, lambda stream: stream.write(data))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, atomically and with its line ends as they are; see `text.encoded`."""
-    write_atomic(path, lambda stream: stream.write(encoded(text)))
+    write_bytes(path, encoded(text))
 
 
 def write_json(path: str | Path, value: Any) -> None:

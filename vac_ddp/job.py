@@ -13,35 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vac_ddp import config as settings_io
-from vac_ddp import distributed, files
+from vac_ddp import distributed, files, job_files, job_resume
 from vac_ddp.data.augment import flip_guard
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.gpu_decode import check_decoder
 from vac_ddp.data.loader import Batch, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
-from vac_ddp.engine import checkpoint, run_dir
-from vac_ddp.engine.loop import Loop, Validation
+from vac_ddp.engine import run_dir
+from vac_ddp.engine.loop import Loop
 from vac_ddp.engine.optim import group_table
+from vac_ddp.engine.progress import Validation
 from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_lr
 from vac_ddp.engine.signals import Agreement, StopRequest, end_of_allocation, save_by
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
-from vac_ddp.errors import Interrupted, UserError, exit_status
+from vac_ddp.errors import Interrupted, exit_status
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.job_data import Data, keep_validation, make_validation, read_data
-from vac_ddp.job_model import Resumed, make_stepper, precision_of
-from vac_ddp.models import Loaded, file_state, load_model
+from vac_ddp.job_model import Resumed, make_stepper
+from vac_ddp.models import Loaded
 from vac_ddp.monitor import PROCESS
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.settings import Config
 from vac_ddp.status import report
-
-# Bytes a parameter takes in a checkpoint: weights and two moments in float32; an average is one more.
-BYTES_A_PARAMETER = 12
 
 # Left in the run directory by a run that was stopped and saved: scripts requeue by it, not by torchrun's status.
 INTERRUPTED = "interrupted.json"
@@ -59,14 +56,16 @@ class Job:
     folder: Path
     tracker: Tracker
     data: Data
+    metadata: dict[str, bytes]  # the files that say what the run is, by name; on rank 0
 
     def finish(self, *, report: bool = True) -> None:
         """Write the report, say what is where and what to type next."""
         stopping = self.loop.stopping
-        self.tracker.artifact(self.loop.best_path)
+        job_files.write_again(self.folder, self.metadata, self.tracker.say)
+        self.tracker.artifact(self.loop.saver.best.path)
         if stopping.best is not None:
             self.tracker.say(f"best validation accuracy {stopping.best:.4f} after epoch {stopping.best_epoch}")
-        self.tracker.say(f"best weights  {self.loop.best_path}")
+        self.tracker.say(f"best weights  {self.loop.saver.best.path}")
         self.tracker.say(f"log, figures  {self.folder / 'log.txt'}, {self.folder / 'metrics.jsonl'}")
         if report and distributed.is_main():
             self._report()
@@ -118,7 +117,7 @@ def open_job(config: Config, device: torch.device, *, debug: bool = False, notes
         data = read_data(config, folder, resumed=resumed, say=tracker.say)
         job = _build(config, device, run, data, tracker, stop, loaders)
         if run is not None:
-            run.begin()
+            run.begin(tracker.say)
             (folder / INTERRUPTED).unlink(missing_ok=True)
         stop.install()
         try:
@@ -176,15 +175,12 @@ def _build(
     resumed = Resumed(
         state=run.state if run is not None else None, facts=facts, source=run.source if run is not None else None
     )
-    if facts is not None and "lsvit_version" not in facts["config"]["model"]:
-        config.model.lsvit_version = 1  # a run from before there was a second version resumes as what it is
+    if facts is not None:
+        # A run from before there was a second version resumes as what it is.
+        config.model.lsvit_version = facts["config"]["model"].get("lsvit_version", 1)
+        job_resume.check(resumed, data)
     torch.manual_seed(config.seed)
-    loaded = distributed.main_first(
-        *2 * (lambda: load_model(config.model, config.clip, data.classes, seed=config.seed),)
-    )
-    if not resumed.yes:
-        for line in loaded.report.lines():
-            tracker.say(line)
+    loaded = job_resume.load(config, data, resumed)
     stepper, groups, meters = make_stepper(config, device, data, loaded, resumed, tracker.say)
     sampler = StepSampler(
         data.split.train,
@@ -225,18 +221,8 @@ def _build(
         rate=rate,
         damaged=lambda: sum(opened.damaged for opened in loaders),
         validate=None,
-        best_content=lambda validation: _best_content(config, data, loaded, stepper, validation, keep),
-        best_path=folder / f"best_{config.model.name}.pt",
-        facts={
-            **checkpoint.environment_facts(),
-            "revision": checkpoint.revision(),
-            "config": settings_io.to_dict(config),
-            "clips_per_gpu": stepper.clips_per_gpu,
-            "total_steps": total,
-        },
-        writer=checkpoint.Writer(folder / "checkpoints", config.checkpoint.keep, discarded=run.discarded)
-        if run is not None
-        else None,
+        best_content=lambda validation: job_files.best_content(config, data, loaded, stepper, validation, keep),
+        saver=job_files.make_saver(config, run, data, loaded, stepper, total, tracker),
         tracker=tracker,
         stop=stop,
         agreement=Agreement(distributed.control_group(timeout_s=config.health.start_timeout_s)),
@@ -246,13 +232,20 @@ def _build(
     if len(data.split.val):
         loop.validate = make_validation(config, data, stepper, loop, workers, loaders)
     if resumed.yes:
-        _resume_loop(loop, resumed)
+        job_resume.resume_loop(loop, resumed, run)
     else:
-        _start_fresh(config, folder, data, loaded, groups, stepper.model, tracker)
+        _start_fresh(config, data, loaded, groups, stepper, tracker)
         _describe(config, loop, rate)
-    described = {**settings_io.to_dict(config), "revision": loop.facts["revision"]}
+    metadata = distributed.main_first(lambda: _write_metadata(config, data, loaded, loop, resumed), dict)
+    described = {**settings_io.to_dict(config), "revision": loop.saver.facts["revision"]}
     tracker.connect(described, folder.name, resumed.part("wandb_id"), loop.position.step)
-    return Job(loop=loop, run=run, folder=folder, tracker=tracker, data=data)
+    return Job(loop=loop, run=run, folder=folder, tracker=tracker, data=data, metadata=metadata)
+
+
+def _write_metadata(config: Config, data: Data, loaded: Loaded, loop: Loop, resumed: Resumed) -> dict[str, bytes]:
+    if resumed.source is not None:
+        job_resume.copy_report(resumed.source, Path(config.run.dir))
+    return job_files.write_metadata(config, data, loaded, loop.saver.facts)
 
 
 def make_rate(config: Config, steps_per_epoch: int) -> tuple[int, Callable[[int], float]]:
@@ -271,55 +264,17 @@ def make_rate(config: Config, steps_per_epoch: int) -> tuple[int, Callable[[int]
     return total, rate
 
 
-def _best_content(
-    config: Config,
-    data: Data,
-    loaded: Loaded,
-    stepper: Stepper,
-    validation: Validation | None,
-    keep: Callable[[Validation], None],
-) -> dict[str, Any]:
-    """What best_<model>.pt holds: plain types and tensors, readable with weights_only=True.
-
-    keep: what else is done with a validation that was the best so far.
-    """
-    if validation is not None:
-        keep(validation)
-    counts = np.bincount(data.index.labels[data.split.train], minlength=len(data.classes))
-    return {
-        "model": file_state(stepper.model if stepper.ema is None else stepper.ema.module),
-        "classes": list(data.classes),
-        "config": settings_io.to_dict(config),
-        "metrics": dict(validation.figures) if validation is not None else {},
-        "architecture": loaded.architecture,
-        "class_counts": counts.tolist(),
-    }
-
-
 def _start_fresh(
-    config: Config,
-    folder: Path,
-    data: Data,
-    loaded: Loaded,
-    groups: list[dict[str, Any]],
-    model: torch.nn.Module,
-    tracker: Tracker,
+    config: Config, data: Data, loaded: Loaded, groups: list[dict[str, Any]], stepper: Stepper, tracker: Tracker
 ) -> None:
-    """What a new run writes down before its first step, after a look at the disk."""
+    """What is said and looked at before the first step of a new run."""
+    for line in loaded.report.lines():
+        tracker.say(line)
     mirrored = flip_guard(data.classes) if config.augment.flip > 0 else []
     if mirrored:
         tracker.say(f"left and right may make these classes: {', '.join(mirrored[:6])}; consider augment.flip=0")
-    tracker.note(group_table(groups, model))
-
-    def write() -> None:
-        copies = config.checkpoint.keep + 2
-        average = 4 if config.train.ema_decay is not None else 0
-        size = sum(p.numel() for p in model.parameters()) * (BYTES_A_PARAMETER + average)
-        run_dir.check_space(folder, copies * size)
-        run_dir.write_facts(folder, settings_io.to_yaml(config), data.classes)
-        files.write_json(folder / "load_report.json", loaded.report.as_dict())
-
-    distributed.main_first(write, lambda: None)
+    tracker.note(group_table(groups, stepper.model))
+    distributed.main_first(lambda: job_files.check_space(config, stepper), lambda: None)
 
 
 def _describe(config: Config, loop: Loop, rate: Callable[[int], float]) -> None:
@@ -328,37 +283,9 @@ def _describe(config: Config, loop: Loop, rate: Callable[[int], float]) -> None:
     accumulation = math.ceil(config.train.global_batch / (world * stepper.clips_per_gpu))
     peak = max(rate(step) for step in range(loop.total_steps))
     say(
-        f"{config.model.name}, {count / 1e6:.1f} M parameters, {precision_of(config, stepper.device)}; "
+        f"{config.model.name}, {count / 1e6:.1f} M parameters, {stepper.precision}; "
         f"global batch {config.train.global_batch} = {world} rank{'s' if world > 1 else ''} x "
         f"{stepper.clips_per_gpu} clips x {accumulation}; peak lr {peak:.3g}"
     )
     say(loop.meters.start_line())
     say(f"{loop.epochs} epochs of {loop.steps_per_epoch} steps, {loop.total_steps} steps in all")
-
-
-def _resume_loop(loop: Loop, resumed: Resumed) -> None:
-    """Give the loop its place back, and say which of the two promises about the rest of the run holds."""
-    facts, now, say = resumed.facts, loop.facts, loop.tracker.say
-    assert facts is not None, "only for a resumed run"
-    if facts["total_steps"] != now["total_steps"]:
-        raise UserError(
-            f"the run had {facts['total_steps']} steps and would have {now['total_steps']} now: "
-            "the data or the length changed; start a new run.dir"
-        )
-    rest = None
-    if resumed.state is not None:
-        rest = {k: v for k, v in resumed.state.items() if k not in ("model", "ema", "optimizer", "scaler")}
-    loop.restore(distributed.broadcast_object(rest))
-    moved = loop.tracker.rewind(loop.position.step)
-    compared = ("torch", "threads", "device", "world_size", "clips_per_gpu")
-    other = [f"{name} {facts[name]} -> {now[name]}" for name in compared if facts[name] != now[name]]
-    promise = (
-        f"the same batches, the loss to 1e-5 ({'; '.join(other)})"
-        if other
-        else "bit for bit the run that was not interrupted"
-        if now["device"] == "cpu"
-        else "the same batches, the loss to 1e-5 (a GPU's sums may come in another order)"
-    )
-    say(f"resumed at step {loop.position.step} of {loop.total_steps} from {resumed.source}: {promise}")
-    if moved:
-        say(f"{moved} lines behind step {loop.position.step} moved to metrics.discarded.jsonl")

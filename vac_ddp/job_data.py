@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from vac_ddp.data.sources import find_sources
 from vac_ddp.data.split import Split, make_split, read_split, write_split
 from vac_ddp.engine import health
 from vac_ddp.engine.evaluate import rank_places, video_logits
-from vac_ddp.engine.loop import Loop, Validation
+from vac_ddp.engine.loop import Loop
+from vac_ddp.engine.progress import Validation
 from vac_ddp.engine.step import Stepper
 from vac_ddp.errors import UserError
 from vac_ddp.inference.viewsfile import ViewsHead, write_views
@@ -72,6 +74,19 @@ def read_data(config: Config, folder: Path, *, resumed: bool, say: Callable[[str
     parts = f"{len(data.split.train)} videos to train on, {len(data.split.val)} to validate"
     say(f"data: {len(data.classes)} classes, {parts}")
     return data
+
+
+def data_hashes(data: Data) -> dict[str, str]:
+    """SHA-256 of what a resumed run must find as it was: the classes; names and labels of both parts; their frames."""
+    parts = (("train", data.index, data.split.train), ("val", data.val_index, data.split.val))
+    split, frames = hashlib.sha256(), hashlib.sha256()
+    for part, index, videos in parts:
+        labels = index.labels.tolist()
+        for video in videos.tolist():
+            split.update(f"{part}\0{labels[video]}\0{index.names[video]}\n".encode("utf-8", "surrogateescape"))
+        frames.update(np.asarray(index.frame_counts, "<i8")[videos].tobytes())
+    classes = hashlib.sha256("\n".join(data.classes).encode("utf-8", "surrogateescape"))
+    return {"classes": classes.hexdigest(), "split": split.hexdigest(), "frames": frames.hexdigest()}
 
 
 def _index(config: Config, root: str, cache: Path, classes: list[str] | None, *, scan: bool) -> Index:

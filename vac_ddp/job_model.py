@@ -47,6 +47,24 @@ def check_grammar(config: Config) -> None:
         architecture_of(config.model, config.clip)
 
 
+def run_precision(config: Config, device: torch.device, facts: dict[str, Any] | None) -> str:
+    """The precision of a run: that of the checkpoint it resumes from, else that of the settings on this device.
+
+    UserError where the device lacks it: a GPU before Ampere only emulates bf16.
+    """
+    saved = None if facts is None else facts.get("precision")
+    if facts is None or saved is None:
+        return precision_of(config, device)
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    emulated = saved == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if saved not in AUTOCAST or (emulated and here not in str(facts.get("device")).split(" + ")):
+        raise UserError(
+            f"the run was trained in {saved} on {facts.get('device')}, which {here} lacks: resume it where it was "
+            "trained, or start a new run.dir"
+        )
+    return saved
+
+
 @dataclass(kw_only=True)
 class Resumed:
     """What a run goes on from: the state on rank 0, the facts on every rank; both None in a new run."""
@@ -72,7 +90,7 @@ def make_stepper(
     if device.type == "cpu":
         keep_freed_memory()
     model = loaded.model.to(device)
-    precision = precision_of(config, device)
+    precision = run_precision(config, device, resumed.facts)
     model.checkpointing = config.train.checkpointing
     groups = make_groups(model, config.optim, config.train.freeze_depth)
     clips_per_gpu = _clips_per_gpu(config, model, device, resumed)
@@ -87,7 +105,7 @@ def make_stepper(
         _broadcast_state(ema.module, resumed.part("ema"))
     flops = clip_flops(model, config.clip) if distributed.is_main() else None  # rank 0 writes the figures
     matmul = matmul_rate(device, AUTOCAST[precision])
-    compile_if_it_works(
+    compiled = compile_if_it_works(
         model,
         lambda: train_pass(model, config.clip, clips_per_gpu, device, AUTOCAST[precision]),
         setting="train.compile",
@@ -109,6 +127,8 @@ def make_stepper(
         scaler=scaler,
         device=device,
         autocast=AUTOCAST[precision],
+        precision=precision,
+        compiled=compiled,
         clips_per_gpu=clips_per_gpu,
         num_classes=len(data.classes),
         mean=tuple(loaded.mean),

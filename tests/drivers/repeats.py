@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from vac_ddp import config, distributed, job
-from vac_ddp.engine.loop import Loop, Validation
+from vac_ddp.engine.loop import Loop
+from vac_ddp.engine.progress import Validation
 from vac_ddp.engine.step import Stepper
 from vac_ddp.status import run_door
 

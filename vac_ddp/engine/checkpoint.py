@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, NotRequired, TypedDict
 
 import torch
 
@@ -26,6 +27,10 @@ from vac_ddp.errors import UserError
 from vac_ddp.models.torch_file import read_torch
 from vac_ddp.schema import Count, Sha256, read_json
 
+if TYPE_CHECKING:
+    from vac_ddp.engine.best import BestFile
+
+FORMAT = 1  # of the companion, which says so; the first version's said nothing
 NAME = re.compile(r"step-(\d{8})\.pt")
 _REMEDY = "give run.resume=auto or another checkpoint"
 
@@ -33,6 +38,7 @@ _REMEDY = "give run.resume=auto or another checkpoint"
 class Companion(TypedDict):
     """What the JSON beside every checkpoint says of the file; `saved.Facts` has the rest."""
 
+    format: NotRequired[Count]
     step: Count
     bytes: Count
     sha256: Sha256
@@ -71,7 +77,9 @@ def write(folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any])
     with contextlib.suppress(FileNotFoundError):
         path.with_suffix(".json").unlink()
     size, digest = write_tensors(path, state)
-    files.write_json(path.with_suffix(".json"), {**facts, "step": step, "bytes": size, "sha256": digest})
+    files.write_json(
+        path.with_suffix(".json"), {"format": FORMAT, **facts, "step": step, "bytes": size, "sha256": digest}
+    )
     return path
 
 
@@ -88,9 +96,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         facts = read_json(path.with_suffix(".json"), Companion, remedy=_REMEDY)
         size, digest = facts["bytes"], facts["sha256"]
+        form = facts.get("format", FORMAT)
     except FileNotFoundError:
         where = "no such file" if not path.exists() else f"{path.with_suffix('.json').name} beside it is missing"
         raise UserError(f"checkpoint {path}: {where}; give run.resume=auto or another checkpoint") from None
+    if form > FORMAT:
+        raise UserError(f"checkpoint {path} has format {form}, this version reads up to {FORMAT}: update vac_ddp")
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file; give run.resume=auto or another checkpoint")
     if path.stat().st_size != size:
@@ -142,6 +153,20 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def attempt(action: Callable[[], Any]) -> str | None:
+    """Do something that writes; the reason in words where that fails."""
+    try:
+        action()
+    except (OSError, RuntimeError) as problem:
+        return reason(problem)
+    return None
+
+
+def reason(problem: OSError | RuntimeError) -> str:
+    """Why a file could not be written. torch.save turns a failed write into a RuntimeError of its own."""
+    return (isinstance(problem, OSError) and problem.strerror) or " ".join(str(problem).split())[:200]
+
+
 @dataclass(kw_only=True)
 class Saved:
     """How the save that was in flight ended."""
@@ -164,29 +189,26 @@ class Writer:
         self.result: Saved | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(
-        self, step: int, state: dict[str, Any], facts: dict[str, Any], *, best: tuple[Path, dict[str, Any]] | None
-    ) -> None:
-        """Begin to write a snapshot (already on the CPU); `best` is (path, content) of a best file to write first."""
+    def start(self, step: int, state: dict[str, Any], facts: dict[str, Any], *, best: BestFile | None) -> None:
+        """Begin to write a snapshot (already on the CPU), after the best weights that are pending in `best`."""
         assert self.thread is None, "join the save before"
         self.thread = threading.Thread(target=self._write, args=(step, state, facts, best), name="checkpoint")
         self.thread.start()
 
-    def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any], best: Any) -> None:
+    def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any], best: BestFile | None) -> None:
         begun = time.monotonic()
-        error, notes = None, []
-        try:
-            if best is not None:
-                write_tensors(*best)
-            write(self.folder, step, state, facts)
+        errors, notes = [], []
+        if best is not None:
+            if error := attempt(best.write):
+                errors.append(f"the best weights could not be written and are kept in memory: {error} ({best.path})")
+            facts = {**facts, "best": best.written}
+        if error := attempt(lambda: write(self.folder, step, state, facts)):
+            errors.append(f"could not be written: {error} ({self.folder})")
+        else:
             self._drop_old()
             notes = discarded.remove(self.discarded)
             self.discarded.clear()
-        except OSError as problem:
-            error = f"{problem.strerror or problem} ({self.folder})"
-        except RuntimeError as problem:  # torch.save turns a failed write into its own error
-            error = f"{' '.join(str(problem).split())[:200]} ({self.folder})"
-        self.result = Saved(step=step, seconds=time.monotonic() - begun, error=error, notes=notes)
+        self.result = Saved(step=step, seconds=time.monotonic() - begun, error="; ".join(errors) or None, notes=notes)
 
     def _drop_old(self) -> None:
         for path in numbered(self.folder)[: -self.keep]:
@@ -244,10 +266,27 @@ def revision() -> str | None:
 
 
 def environment_facts() -> dict[str, Any]:
-    """What bit-for-bit equality of a resumed run depends on, beside the settings."""
+    """What bit-for-bit equality of a resumed run depends on, beside the settings. The device is that of this rank."""
+    cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("numpy", "simplejpeg", "pillow", "timm", "transformers")},
+        "cuda": f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if cuda else None,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "revision": revision(),
     }
+
+
+def device_name() -> str:
+    """The GPU of this rank, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

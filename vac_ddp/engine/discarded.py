@@ -1,7 +1,7 @@
 """What becomes of a run that is overwritten: renamed first, removed once the new run has a checkpoint.
 
-`<dir>.discarded-<time>` is the earlier run; `overwrote.json` in the new run directory names it, so that a start after a
-kill knows what it finds. A discarded run that no `overwrote.json` names is never removed, only mentioned.
+`<dir>.discarded-<time>` is the earlier run; `start.json` in the new run directory names it, so that a start after a
+kill knows what it finds. A discarded run that no `start.json` names is never removed, only mentioned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vac_ddp import files
 from vac_ddp.errors import UserError
 
 MARK = ".discarded-"
-RECORD = "overwrote.json"
+RECORD = "start.json"
 FORMAT = 1
 LOCK = "run.lock"
 
@@ -72,7 +72,7 @@ def _free_name(real: Path) -> Path:
 
 
 def write_record(folder: Path, start: str | None, discarded: list[Path]) -> None:
-    """Note in the run directory which start overwrote what."""
+    """Note in the run directory which start took it (by overwriting or by run.resume=PATH), and what it overwrote."""
     record = {"format": FORMAT, "start": start, "discarded": [path.name for path in discarded]}
     files.write_json(folder / RECORD, record)
 

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,8 @@ from vac_ddp import distributed
 from vac_ddp.data.loader import Batch
 from vac_ddp.engine import checkpoint, health
 from vac_ddp.engine.meters import Meters, collected_by_hand, peak_memory
+from vac_ddp.engine.progress import Position, Tally, Validation
+from vac_ddp.engine.saving import Saver
 from vac_ddp.engine.signals import Agreed, Agreement, StopRequest, signal_name
 from vac_ddp.engine.step import Stepper
 from vac_ddp.engine.stopping import Stopping
@@ -50,49 +51,6 @@ class Tracker(Protocol):
 
 
 @dataclass(kw_only=True)
-class Position:
-    """Where a run is. Steps count optimizer steps that were attempted, from 0."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    schedule_step: int = 0
-    validation_due: bool = False
-    stopped_early: bool = False
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """Sums over samples since the last line, or since the epoch began. Saved, so that a resumed run prints the same."""
-
-    loss: float = 0.0
-    correct: float = 0.0
-    samples: int = 0
-
-    def add(self, summary: health.Summary) -> None:
-        """Take in the finite samples of some steps."""
-        self.loss += summary.loss * summary.finite
-        self.correct += summary.accuracy * summary.finite
-        self.samples += summary.finite
-
-    def means(self, prefix: str = "") -> dict[str, float]:
-        """Loss and accuracy a sample; nothing where there was none."""
-        if not self.samples:
-            return {}
-        return {f"{prefix}loss": self.loss / self.samples, f"{prefix}accuracy": self.correct / self.samples}
-
-
-@dataclass(kw_only=True)
-class Validation:
-    """Figures of the validation part, the same on every rank; its logits (V, K) float32 on rank 0 only."""
-
-    top1: float
-    loss: float
-    figures: dict[str, float]
-    logits: torch.Tensor | None = None
-
-
-@dataclass(kw_only=True)
 class Loop:
     """A training run that is ready to go."""
 
@@ -107,18 +65,14 @@ class Loop:
     damaged: Callable[[], int]  # damaged frames that this rank's loaders have met so far
     validate: Callable[[Callable[[], bool]], Validation | None] | None
     best_content: Callable[[Validation | None], dict[str, Any]]
-    best_path: Path
-    facts: dict[str, Any]
-    writer: checkpoint.Writer | None
+    saver: Saver
     tracker: Tracker
     stop: StopRequest
     agreement: Agreement
     stopping: Stopping
     meters: Meters
     position: Position = field(default_factory=Position)
-    last_save: float = field(default_factory=time.monotonic)
     bad_in_row: int = 0
-    save_failed: bool = False
     said_speed: bool = False
     said_table: bool = False
     said_damaged: int = 0
@@ -144,7 +98,7 @@ class Loop:
                 self._end_epoch()
                 gc.collect()
         with self.meters.phase("saving"):
-            self._join_save()
+            self._finish_saving()
         self._say_speed(self.tracker.say)
         self.tracker.write("speed", where.step, **self.meters.seconds)
         distributed.raise_together(None)
@@ -218,18 +172,13 @@ class Loop:
     # ------------------------------------------------------------ agreement
 
     def _agree(self) -> Agreed:
-        minutes = self.stepper.config.checkpoint.every_minutes
-        due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
-        if self.writer is not None:
-            self._take(self.writer.poll())
-        failed, self.save_failed = self.save_failed, False
-        wanted = self.writer is not None and due
-        return self.agreement.exchange(stop=self.stop.wanted(), save=wanted, save_failed=failed)
+        due = self.saver.due(self.stepper.config.checkpoint.every_minutes)
+        return self.agreement.exchange(stop=self.stop.wanted(), save=due, save_failed=self.saver.poll())
 
     def _answer(self, agreed: Agreed) -> None:
         where = self.position
         if agreed.save_failed:
-            self._save_has_failed()
+            self.saver.answer_failure()
         if agreed.stop:
             self._interrupt(agreed.stop)
         every = self.stepper.config.checkpoint.every_steps
@@ -242,7 +191,7 @@ class Loop:
         self.tracker.end_progress()
         self.tracker.say(f"{signal_name(number)}: saving at step {where.step} and ending")
         self.save()
-        failed = self._join_save()
+        failed = self.saver.join()
         if failed:
             raise RuntimeError(f"stopped by {signal_name(number)} and could not save: {failed}")
         raise Interrupted(
@@ -250,11 +199,6 @@ class Loop:
             "run.resume=auto to go on",
             step=where.step,
         )
-
-    def _save_has_failed(self) -> None:
-        if self.stepper.config.checkpoint.on_failure == "stop":
-            raise RuntimeError("a checkpoint could not be written (rank 0 says why); checkpoint.on_failure=stop")
-        self.tracker.say("rank 0 could not write a checkpoint; going on, the one before still counts", everywhere=True)
 
     # ------------------------------------------------------------ log
 
@@ -342,7 +286,9 @@ class Loop:
             self._say_speed(self.tracker.note)  # not into the table of epochs
         if where.stopped_early:
             self.tracker.say(f"no better validation accuracy for {self.stopping.since_best} validations: ending early")
-        self.save(best=(self.best_path, validation) if best else None)
+        if best and distributed.is_main():
+            self.saver.best.offer(self.best_content(validation), where.epoch)
+        self.save()
 
     def _stop_now(self) -> bool:
         PROCESS.progress()
@@ -409,43 +355,23 @@ class Loop:
         self.bad_in_row = state["bad_in_row"]
         torch.set_rng_state(state["random"])
 
-    def save(self, best: tuple[Path, Validation | None] | None = None) -> None:
+    def save(self) -> None:
         """Snapshot on all ranks, write in the background on rank 0."""
         PROCESS.progress()
         with self.meters.phase("saving"):
-            self._save(best)
+            if self.saver.join():
+                self.saver.answer_failure()
+            state = self.state()
+            if distributed.is_main():
+                state = checkpoint.snapshot(state)
+            self.saver.start(self.position.step, state, epoch=self.position.epoch)
         PROCESS.progress()
 
-    def _save(self, best: tuple[Path, Validation | None] | None) -> None:
-        failed = self._join_save()
-        if failed:
-            self._save_has_failed()
-        state = self.state()
-        self.last_save = time.monotonic()
-        if self.writer is None:
-            return
-        content = None
-        if best is not None:
-            content = (best[0], checkpoint.snapshot(self.best_content(best[1])))
-        facts = {**self.facts, "epoch": self.position.epoch, "saved": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        self.writer.start(self.position.step, checkpoint.snapshot(state), facts, best=content)
-
-    def _take(self, result: checkpoint.Saved | None) -> None:
-        if result is None:
-            return
-        for note in result.notes:
-            self.tracker.say(note)
-        if result.error is None:
-            return
-        self.save_failed = True
-        self._save_error = result.error
-        self.tracker.say(f"checkpoint of step {result.step} could not be written: {result.error}")
-
-    def _join_save(self) -> str | None:
-        """Wait for the save in flight, and tell every rank what went wrong with it."""
-        error = None
-        if self.writer is not None:
-            self._take(self.writer.join())
-            if self.save_failed:
-                error, self.save_failed = self._save_error, False
-        return distributed.broadcast_object(error)
+    def _finish_saving(self) -> None:
+        """Everything is on the disk, or the run does not end well."""
+        if self.agreement.read().save_failed:
+            self.saver.answer_failure()
+        if distributed.is_main() and self.saver.best.empty:
+            self.tracker.say("no validation gave best weights: the last ones are saved instead")
+            self.saver.best.offer(self.best_content(None), self.position.epoch)
+        self.saver.finish()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp import files, schema
-from vac_ddp.engine import checkpoint, discarded
+from vac_ddp.engine import checkpoint, discarded, same_run
 from vac_ddp.engine.lock import RunLock
 from vac_ddp.engine.saved import check_content
 from vac_ddp.errors import UserError
@@ -32,6 +32,7 @@ OURS = (
     "validation.npz",
     "report.html",
     "interrupted.json",
+    "overwrote.json",  # of the first version
     discarded.RECORD,
     "debug_run.txt",
     "wandb_id",
@@ -50,27 +51,6 @@ RESULTS = ("predictions", "report.html")
 KEPT = ("log.txt", "wandb_id", "debug_run.txt", discarded.RECORD)
 DEBUG_NOTE = "Made by --debug. The next --debug run in this directory replaces it.\n"
 
-# What may be another at a resume: it changes no sample, no gradient and no schedule.
-CHANGEABLE = (
-    "run.",
-    "log.",
-    "checkpoint.",
-    "health.",
-    "predict.",
-    "data.workers",
-    "data.prefetch",
-    "data.cache",
-    "data.rescan",
-    "data.train",
-    "data.val",
-    "train.clips_per_gpu",
-    "train.compile",
-    "train.checkpointing",
-    "train.patience",
-    "optim.shard",
-    "model.weights",
-)
-
 _OF_THE_BEST = 'write it again from best_<model>.pt, whose "classes" are the same list'
 
 
@@ -78,8 +58,10 @@ _OF_THE_BEST = 'write it again from best_<model>.pt, whose "classes" are the sam
 class OpenRun:
     """A run directory that is ours now; `state` and `facts` are what the run goes on from, None for a new one.
 
-    set_aside: the run that this start has renamed to replace it; `discard` gives it back where the new run cannot
-    start. discarded: all runs that go after the next checkpoint (of earlier attempts, too).
+    Until `begin` nothing is changed for good: `discard` undoes the opening of a run that cannot start.
+    new: whether the directory held no run. named: whether the checkpoint was given by its path. set_aside: the run
+    that this start has renamed to replace it. discarded: all overwritten runs that go after the next checkpoint (of
+    earlier attempts, too).
     """
 
     folder: Path
@@ -87,17 +69,23 @@ class OpenRun:
     state: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
     source: Path | None = None
+    new: bool = True
+    named: bool = False
     set_aside: Path | None = None
     discarded: list[Path] = field(default_factory=list)
     begun: bool = False
 
-    def begin(self) -> None:
-        """The run starts: from now on `discard` leaves it alone."""
+    def begin(self, say: Callable[[str], None]) -> None:
+        """The run starts: from now on `discard` leaves it alone. Checkpoints behind the resumed one are set aside."""
+        if self.facts is not None and not self.begun:
+            _set_aside_later(self.folder / "checkpoints", self.facts["step"], say)
+            if self.named:  # later attempts of this start resume from what they find
+                discarded.write_record(self.folder, _start(), discarded.recorded(self.folder))
         self.begun = True
 
     def discard(self) -> None:
         """The run could not start: a new run leaves nothing, and what it would have overwritten comes back."""
-        if self.begun or self.state is not None:
+        if self.begun or not self.new:
             return
         _remove(_ours(self.folder))
         if self.set_aside is not None:
@@ -117,8 +105,8 @@ def _start() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def _overwrote(folder: Path) -> bool:
-    """Whether an earlier attempt of this start has overwritten what was in the directory."""
+def _begun_before(folder: Path) -> bool:
+    """Whether what an earlier attempt of this start was told (overwrite, resume PATH) is done already."""
     return restarted() and discarded.read_record(folder).get("start") == _start() is not None
 
 
@@ -144,8 +132,11 @@ def open_run(
     overwrite was asked, or cannot be written.
     """
     folder = Path(settings.dir)
-    overwrite = (settings.overwrite or (debug and settings.resume == "none")) and not _overwrote(folder)
+    begun = _begun_before(folder)
+    overwrite = (settings.overwrite or (debug and settings.resume == "none")) and not begun
     resume = "auto" if settings.resume == "none" and restarted() and not overwrite else settings.resume
+    if begun and checkpoint.numbered(folder / "checkpoints"):
+        resume = "auto"
     explicit = Path(resume) if resume not in ("auto", "none") else None
     if settings.overwrite and explicit is not None:
         raise UserError("run.overwrite=true and run.resume=PATH exclude each other: give one of them")
@@ -197,14 +188,7 @@ def _open_locked(
             discarded.write_record(folder, _start(), [])
         return OpenRun(folder=folder, lock=lock, set_aside=aside)
     if explicit is not None:
-        state, facts = checkpoint.read(explicit)
-        check_content(state, facts, explicit)
-        _compare(facts.get("config", {}), values, explicit)
-        if folder.resolve() in explicit.resolve().parents:
-            _set_aside_later(folder / "checkpoints", facts["step"], say)
-        elif present:
-            raise UserError(f"{folder} holds another run than {explicit}: set run.dir to a new directory")
-        return OpenRun(folder=folder, lock=lock, state=state, facts=facts, source=explicit)
+        return _open_explicit(folder, lock, explicit, values, say)
     if resume == "none":
         if present:
             raise UserError(
@@ -224,9 +208,36 @@ def _open_locked(
             _remove([p for p in present if p.name not in KEPT])
         return OpenRun(folder=folder, lock=lock)
     path, state, facts = newest
-    _compare(facts.get("config", {}), values, path)
-    _set_aside_later(folder / "checkpoints", facts["step"], say)
-    return OpenRun(folder=folder, lock=lock, state=state, facts=facts, source=path)
+    for note in same_run.check_settings(facts, values, path):
+        say(note)
+    return OpenRun(folder=folder, lock=lock, state=state, facts=facts, source=path, new=False)
+
+
+def _open_explicit(
+    folder: Path, lock: RunLock, path: Path, values: dict[str, Any], say: Callable[[str], None]
+) -> OpenRun:
+    """Resume from the checkpoint that was named: in its own run directory, or in a new one."""
+    state, facts = checkpoint.read(path)
+    check_content(state, facts, path)
+    notes, present = same_run.check_settings(facts, values, path), _ours(folder)
+    own = folder.resolve() in path.resolve().parents
+    if present and not own:
+        if not _begun_before(folder):
+            raise UserError(f"{folder} holds another run than {path}: set run.dir to a new directory")
+        _remove([p for p in present if p.name not in KEPT])  # an earlier attempt had no checkpoint yet
+    for note in notes:
+        say(note)
+    if not own:
+        discarded.write_record(folder, _start(), [])
+    split = run_of(path)
+    if not own and split is not None and (split / "split.csv").exists():
+        files.write_bytes(folder / "split.csv", (split / "split.csv").read_bytes())
+    return OpenRun(folder=folder, lock=lock, state=state, facts=facts, source=path, new=not own, named=True)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that a checkpoint lies in; None where it was copied out of one."""
+    return next((folder for folder in path.resolve().parents[:3] if (folder / "config.yaml").exists()), None)
 
 
 def _refuse_results(folder: Path, present: list[Path]) -> None:
@@ -256,31 +267,17 @@ def _set_aside_later(folder: Path, step: int, say: Callable[[str], None]) -> Non
     for path in checkpoint.numbered(folder):
         if int(path.stem.removeprefix("step-")) > step:
             for part in (path, path.with_suffix(".json")):
-                target = folder / "discarded" / part.name
-                target.parent.mkdir(exist_ok=True)
-                part.replace(target)
+                set_aside(part, folder / "discarded")
             say(f"{path.name} is later than the checkpoint that is resumed: moved to {folder / 'discarded'}")
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = value
-    return found
-
-
-def _compare(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
-    before, now = flat(saved), flat(given)
-    for name in sorted(before.keys() & now.keys()):
-        if before[name] != now[name] and not name.startswith(CHANGEABLE):
-            raise UserError(
-                f"{name} is {now[name]} and was {before[name]} when {path} was saved: "
-                "set it back to resume, or start a new run.dir"
-            )
+def set_aside(path: Path, folder: Path) -> Path:
+    """Move a file into `folder`, beside what has the same name there; returns where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (path.name if number == 1 else f"{path.stem}-{number}{path.suffix}" for number in range(1, 1000))
+    target = next(folder / name for name in names if not (folder / name).exists())
+    path.rename(target)
+    return target
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -292,12 +289,6 @@ def check_space(folder: Path, needed: int) -> None:
         if not kept:
             raise
         raise UserError(f"{error}; the run that is overwritten is kept until the first checkpoint") from None
-
-
-def write_facts(folder: Path, config_yaml: str, classes: list[str]) -> None:
-    """config.yaml and classes.json of a new run."""
-    files.write_text(folder / "config.yaml", config_yaml)
-    files.write_json(folder / "classes.json", classes)
 
 
 def read_classes(folder: Path) -> list[str]:

@@ -16,8 +16,25 @@ REMEDY = "give run.resume=PATH of another checkpoint, or start a new run.dir"
 Positive = Annotated[int, Within(low=1, high=2**62)]
 
 
+class Hashes(TypedDict):
+    """What a resumed run must find as it was, see `same_run`."""
+
+    classes: Sha256
+    split: Sha256
+    frames: Sha256
+    settings: Sha256
+
+
+class BestRecord(TypedDict):
+    """The best file at the time of a checkpoint."""
+
+    epoch: Count
+    bytes: Count
+    sha256: Sha256
+
+
 class Facts(TypedDict):
-    """The JSON companion of a checkpoint."""
+    """The JSON companion of a checkpoint; the first version wrote what is required here."""
 
     step: Count
     bytes: Count
@@ -29,6 +46,11 @@ class Facts(TypedDict):
     threads: int
     device: str
     world_size: int
+    hashes: NotRequired[Hashes]
+    architecture: NotRequired[dict[str, Any]]
+    head: NotRequired[str]
+    precision: NotRequired[str]
+    best: NotRequired[BestRecord | None]
 
 
 class PositionState(TypedDict):

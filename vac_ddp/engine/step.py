@@ -79,6 +79,8 @@ class Stepper:
     scaler: torch.amp.GradScaler | None
     device: torch.device
     autocast: torch.dtype | None
+    precision: str
+    compiled: bool
     clips_per_gpu: int
     num_classes: int
     mean: tuple[float, float, float]

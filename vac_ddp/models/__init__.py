@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vac_ddp.models.build import build_model, load_model
+from vac_ddp.models.build import build_model, load_model, rebuild_model
 from vac_ddp.models.weights import Loaded, LoadReport, file_state, load_file_state
 
-__all__ = ["LoadReport", "Loaded", "build_model", "file_state", "load_file_state", "load_model"]
+__all__ = ["LoadReport", "Loaded", "build_model", "file_state", "load_file_state", "load_model", "rebuild_model"]

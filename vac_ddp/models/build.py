@@ -1,4 +1,4 @@
-"""From settings to a model: the entry points `build_model` and `load_model`."""
+"""From settings to a model: the entry points `build_model`, `load_model` and `rebuild_model`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,26 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
     report = LoadReport(source="none", missing=list(model.state_dict()), mean=mean, std=std)
     report.pooling, report.head = "mean of the tokens", f"drawn for {len(classes)} classes"
     return Loaded(model=model, report=report, mean=mean, std=std)
+
+
+def rebuild_model(
+    settings: ModelSettings, clip: ClipSettings, classes: list[str], architecture: dict[str, Any], *, seed: int
+) -> Loaded:
+    """The model of a run without weights, for those of its checkpoint: no other file and no hub is needed.
+
+    settings: of the run; architecture: what `Loaded.architecture` gave. The weights are undefined or random.
+    """
+    mean, std = tuple(architecture["mean"]), tuple(architecture["std"])
+    if settings.name != "videomae":
+        bare = dataclasses.replace(settings, weights=None, mean=mean, std=std)
+        return _build_other(bare, clip, len(classes), seed=seed, saved=architecture)
+    model = videomae.empty_model(
+        videomae.architecture_from(architecture),
+        len(classes),
+        drop_path=settings.drop_path,
+        head_dropout=settings.head_dropout,
+    )
+    return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std), mean=mean, std=std)
 
 
 def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int = 0) -> nn.Module:

@@ -1,10 +1,13 @@
-"""Files that grow line by line, also on a disk that is full for a while; and metrics.jsonl read back."""
+"""Files that grow line by line, also on a disk that is full for a while, or when somebody removes them;
+and metrics.jsonl read back.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import BinaryIO, NotRequired, TypedDict
 
 from vac_ddp.errors import UserError
 from vac_ddp.schema import Count, fault, json_lines, parse_json
@@ -91,24 +94,46 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab", buffering=0)
         self._waiting = b""
         self.error: str | None = None  # why the newest lines are not in the file, while they are not
+        self._open()
 
-    def write(self, line: str = "") -> bool:
-        """Append a line (without its end); nothing: try again what waits. Whether this made a new error."""
-        before = self.error
+    def _open(self) -> None:
+        self._file: BinaryIO = self.path.open("ab", buffering=0)
+        self._identity = _identity(os.fstat(self._file.fileno()))
+
+    def write(self, line: str = "") -> str:
+        """Append a line (without its end); nothing: try again what waits. What is new about the file, or ""."""
+        before, again = self.error, False
         if line:
             self._waiting += encoded(f"{line}\n")
         try:
+            again = self._make_again()
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]  # a part of a line may fit
             self.error = None
         except OSError as problem:
             self.error = problem.strerror or str(problem)
-        return before is None and self.error is not None
+        if before is None and self.error is not None:
+            return f"{self.error}; its lines are kept until they can be written"
+        return "removed or replaced by somebody; made again, its earlier lines are lost" if again else ""
+
+    def _make_again(self) -> bool:
+        """Open the file anew where the path leads elsewhere by now: a removed file would take lines and lose them."""
+        try:
+            if _identity(self.path.stat()) == self._identity:
+                return False
+        except FileNotFoundError:
+            pass
+        self._file.close()
+        self._open()
+        return True
 
     def close(self) -> None:
         """Try for the last time, and close."""
         self.write()
         self._file.close()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -83,15 +83,16 @@ class Tracker:
         """Lines for this rank's log file alone."""
         if self._log is not None:
             who = f"rank {self.rank}: " if self.rank else ""
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {who}{text}")
+            if news := self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {who}{text}"):
+                print(f"{who}{self._log.path}: {news}", file=sys.stderr, flush=True)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """One line of metrics.jsonl, and the same figures to W&B and TensorBoard."""
         if self._metrics is None:
             return
         plain = {k: (None if isinstance(v, float) and v != v else v) for k, v in figures.items()}
-        if self._metrics.write(json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False)):
-            self.say(f"{self._metrics.path}: {self._metrics.error}; its lines are kept until there is room")
+        if news := self._metrics.write(json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False)):
+            self.say(f"{self._metrics.path}: {news}")
         row = _numbers(kind, figures)
         if self._wandb is not None:
             self._to_wandb(lambda: self._wandb.log(row | {"step": step}))
@@ -227,7 +228,7 @@ class Tracker:
         self.end_progress()
         if self._wandb is not None:
             self._to_wandb(lambda: self._wandb.finish(exit_code=status))
-            if self._wandb is not None and self.folder is not None:
+            if self._wandb is not None and self.folder is not None and (self.folder / "metrics.jsonl").exists():
                 sent = sum(1 for _ in json_lines(self.folder / "metrics.jsonl"))
                 write_json(self.folder / COMPLETE, {"id": self.wandb_id, "lines": sent})
         if self._board is not None:

@@ -35,7 +35,7 @@ PAIRS, EXAMPLES, MISTAKES = 6, 2, 6
 NAMED = 5
 
 Strip = Callable[[str], bytes | None]
-LoadFacts = dict[str, bool | float | str | list[str] | list[float] | None]  # load_report.json
+LoadFacts = dict[str, bool | float | str | list[str] | list[float] | dict[str, Any] | None]  # load_report.json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,7 +235,7 @@ def _load_lines(run: Path) -> list[str]:
     report = read_json(run / "load_report.json", LoadFacts, remedy="remove it: the report goes without")
     shown = []
     for name, value in report.items():
-        if value in (None, "", [], 0):
+        if value in (None, "", [], 0) or isinstance(value, dict) or name == "format":
             continue
         if isinstance(value, list) and value and isinstance(value[0], str):
             value = f"{len(value)}: {', '.join(value[:6])}{', ...' if len(value) > 6 else ''}"

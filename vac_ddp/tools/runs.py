@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypedDict
 from vac_ddp import config as settings_io
 from vac_ddp.engine import discarded
 from vac_ddp.engine.lock import is_held
-from vac_ddp.engine.run_dir import flat
+from vac_ddp.engine.same_run import flat
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.report.lines import MetricsLine, number, read_metrics
 from vac_ddp.schema import Count, read_json

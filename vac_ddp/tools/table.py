@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vac_ddp import config as settings_io
-from vac_ddp.engine.run_dir import flat
+from vac_ddp.engine.same_run import flat
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import write_text
 from vac_ddp.report.lines import number, read_metrics
