@@ -381,6 +381,15 @@ def test_several_geometric_operations_are_one_resampling():
     assert [op for op, _ in composed] == [Op.RESAMPLE, Op.NONE, Op.NONE, Op.NONE]
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_input_is_left_as_it_is_whatever_its_layout(flip: bool) -> None:
+    """Clips whose channels are planes in memory (a permuted view) need no copy to be worked on, and still get one."""
+    frames = torch.from_numpy(pictures(2))[None]
+    for clips in (frames.clone(), frames.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)):
+        augmented(clips, [parameters(flip=flip, ops=[(Op.INVERT, 0.0), (Op.COLOR, 1.6)])])
+        assert torch.equal(clips, frames)
+
+
 def test_a_chain_of_operations_runs_in_its_order():
     ops = [(Op.SOLARIZE, 100.0), (Op.COLOR, 1.6), (Op.EQUALIZE, 0.0), (Op.POSTERIZE, 2.0), (Op.SHARPNESS, 1.5)]
     for chain in (ops, ops[::-1]):

@@ -102,7 +102,7 @@ def test_notebook_has_the_notebooks_parameters() -> None:
 def test_recipes_are_the_published_ones() -> None:
     """Values of the official scripts; HMDB51 tunes a fine-tuned backbone further, at 2e-5."""
     hmdb, ucf, ssv2 = (read(f"{name}_videomae_base") for name in ("hmdb51", "ucf101", "ssv2"))
-    for c in (hmdb, ucf, ssv2):
+    for c in (hmdb, ucf, ssv2, read("kinetics_videomae_base")):
         assert (c.augment.mixup, c.augment.cutmix, c.augment.mix_probability, c.augment.mix_switch) == (0.8, 1, 1, 0.5)
         assert (c.augment.erase, c.augment.repeats, c.train.label_smoothing) == (0.25, 2, 0.1)
         assert c.augment.randaugment == "rand-m7-n4-mstd0.5-inc1"
@@ -113,6 +113,11 @@ def test_recipes_are_the_published_ones() -> None:
     assert hmdb.optim.lr == 2e-5
     assert (ssv2.augment.flip, ssv2.clip.sampling, ssv2.predict.views.count) == (0.0, "segments", 2)
     assert (hmdb.clip.stride, ucf.clip.stride) == (2, 4)
+    kinetics = read("kinetics_videomae_base")
+    assert (kinetics.optim.min_lr, kinetics.train.global_batch, kinetics.train.epochs) == (1e-6, 768, 75)
+    assert (kinetics.optim.layer_decay, kinetics.model.drop_path, kinetics.model.head_dropout) == (0.75, 0.1, 0.0)
+    assert (kinetics.clip.stride, kinetics.predict.views.count, kinetics.predict.views.crops) == (4, 5, 3)
+    assert resolve_lr(kinetics.optim, 768, 2)[0] == pytest.approx(7.5e-4)
     # 8 GPUs x 16 videos: 5e-4 * 128 / 256; 64 GPUs x 6 videos: 5e-4 * 384 / 256
     assert resolve_lr(ucf.optim, ucf.train.global_batch, 2)[0] == pytest.approx(2.5e-4)
     assert resolve_lr(ssv2.optim, ssv2.train.global_batch, 2)[0] == pytest.approx(7.5e-4)

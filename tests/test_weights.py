@@ -201,6 +201,14 @@ def test_a_config_without_biases_is_believed(tmp_path):
     assert "none in the source" in loaded.report.qv_biases
 
 
+def test_the_report_says_whose_mean_and_std_they_are() -> None:
+    settings = ModelSettings(weights=None, width=16, depth=1, heads=2, patch=8)
+    given = dataclasses.replace(settings, mean=(0.34, 0.34, 0.34), std=(0.12, 0.12, 0.12))
+    lines = ["\n".join(load_model(s, TINY, CLASSES, seed=0).report.lines()) for s in (settings, given)]
+    assert "ImageNet's" in lines[0] and "of the settings" not in lines[0]
+    assert "0.34" in lines[1] and "of the settings" in lines[1] and "ImageNet's" not in lines[1]
+
+
 def test_settings_go_before_the_files_epsilon(tmp_path):
     folder = hf_directory(tmp_path)
     assert load(folder).model.blocks[0].norm1.eps == 1e-12

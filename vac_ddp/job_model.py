@@ -136,6 +136,8 @@ def make_stepper(
         class_weights=_class_weights(config, data, device),
         world_size=distributed.world_size(),
     )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the passes that were tried are not of the training
     meters = Meters(
         device=device, world_size=distributed.world_size(), flops_per_clip=flops and flops[1], matmul=matmul
     )

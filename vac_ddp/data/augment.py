@@ -189,7 +189,7 @@ def augment_clips(
         _replace(clips, rows, lambda part: part.flip(-2))
     rounds = plan(host["ops"].tolist())
     if rounds:
-        planar = clips.permute(0, 1, 4, 2, 3).contiguous()
+        planar = clips.permute(0, 1, 4, 2, 3).clone(memory_format=torch.contiguous_format)
         for kind, rows, slots in rounds:
             for part in _chunks(list(zip(rows, slots, strict=True)), planar.device):
                 _operate(planar, kind, [row for row, _ in part], [slot for _, slot in part], host)

@@ -99,6 +99,8 @@ class Loop:
                 gc.collect()
         with self.meters.phase("saving"):
             self._finish_saving()
+        if distributed.is_main():
+            self.meters.measure_again(self.stepper.autocast)
         self._say_speed(self.tracker.say)
         self.tracker.write("speed", where.step, **self.meters.seconds)
         distributed.raise_together(None)

@@ -189,6 +189,12 @@ class Meters:
         bound = self.matmul * self.world_size / self.flops_per_clip
         return f"{rate}, {self.flops_per_clip / 1e9:.4g} GFLOP a clip: no more than {bound:.3g} clips/s"
 
+    def measure_again(self, dtype: torch.dtype | None) -> None:
+        """Measure the matmul once more and take the larger one: it is too low where the machine was busy."""
+        if self.matmul:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self.matmul = max(self.matmul, matmul_rate(self.device, dtype))
+
     def end_line(self) -> str:
         """Medians over the lines, and seconds by phase; empty where no step was made."""
         later = slice(1 if len(self.rates) > 1 else 0, None)  # the first line holds the start
@@ -197,7 +203,9 @@ class Meters:
         rate, wait = statistics.median(self.rates[later]), statistics.median(self.waits[later])
         parts = [f"{rate:.4g} clips/s", f"{100 * wait:.1f} % of it waiting for data"]
         if self.flops_per_clip is not None and self.matmul:
-            parts.append(f"{100 * self.utilisation(rate):.0f} % of the matmul's FLOP/s")
+            share = self.utilisation(rate)
+            doubt = " (unreliable: the machine was busy when the matmul was measured)" if share > 1 else ""
+            parts.append(f"{100 * share:.0f} % of the matmul's FLOP/s{doubt}")
         parts.append(f"at most {self.memory:.2f} GiB")
         return ", ".join(parts) + f" ({phases_text(self.seconds)})"
 

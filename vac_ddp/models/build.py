@@ -32,6 +32,8 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
     model = build_model(settings, clip, len(classes), seed=seed)
     mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
     report = LoadReport(source="none", missing=list(model.state_dict()), mean=mean, std=std)
+    if settings.mean is not None or settings.std is not None:
+        report.normalisation = "of the settings"
     report.pooling, report.head = "mean of the tokens", f"drawn for {len(classes)} classes"
     return Loaded(model=model, report=report, mean=mean, std=std)
 
