@@ -221,7 +221,7 @@ class Monitor:
         with self._lock:
             deadline = self._deadline()
             if deadline is not None and self._store is not None:
-                late = max(0.0, deadline - now) + 2 * GRACE_S
+                late = max(0.0, deadline - now) + GRACE_S
                 faulthandler.dump_traceback_later(late, exit=True, file=sys.__stderr__ or 2)
 
     def _deadline(self) -> float | None:
