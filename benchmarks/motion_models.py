@@ -28,7 +28,8 @@ import timm
 import torch
 
 from vac_ddp import __version__
-from vac_ddp.files import read_json, read_json_lines, write_json, write_text
+from vac_ddp.files import read_json, write_json, write_text
+from vac_ddp.report.lines import read_metrics
 
 CEILING = 0.5
 MODELS = {
@@ -105,7 +106,7 @@ def measure(name: str, data: Path, work: Path, epochs: int) -> dict[str, Any]:
     call("vac_ddp.predict", "--run", run, "--data", data / "data_test", "--out", out, "--overwrite")
     truth, given = answers(data / "test_labels.csv"), answers(out / "submission.csv")
     assert truth.keys() == given.keys()
-    lines = [line for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "epoch"]
+    lines = [line for line in read_metrics(run) if line["kind"] == "epoch"]
     best = torch.load(run / f"best_{settings[0].partition('=')[2]}.pt", weights_only=True)
     return {
         "model": title,

@@ -205,14 +205,6 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file; a last line that was cut off by a crash is left out."""
-    with Path(path).open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n") and line.strip():
-                yield json.loads(line)
-
-
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as stream:

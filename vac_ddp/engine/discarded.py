@@ -11,10 +11,11 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from vac_ddp import files
 from vac_ddp.errors import UserError
+from vac_ddp.schema import read_json
 
 MARK = ".discarded-"
 RECORD = "start.json"
@@ -77,13 +78,19 @@ def write_record(folder: Path, start: str | None, discarded: list[Path]) -> None
     files.write_json(folder / RECORD, record)
 
 
+class Record(TypedDict):
+    """What is read of `overwrote.json`."""
+
+    start: NotRequired[str | None]
+    discarded: NotRequired[list[str]]
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run directory; an empty one where there is none or it is damaged."""
     try:
-        record = files.read_json(folder / RECORD)
-    except (OSError, ValueError):
+        return read_json(folder / RECORD, Record, remedy="it is left out")
+    except (OSError, UserError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def recorded(folder: Path) -> list[Path]:

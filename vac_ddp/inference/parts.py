@@ -60,10 +60,10 @@ def read_parts(
         try:
             good = hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem.rpartition("-")[2]
             part = np.load(path, mmap_mode="r", allow_pickle=False) if good else None
-        except (OSError, ValueError, EOFError):
+        except Exception:  # numpy reads its header as Python, with whatever that raises
             part = None
         if part is not None:
-            own = np.asarray(part["video"]) if part.dtype == kind else np.array([-1])
+            own = np.asarray(part["video"]) if part.dtype == kind and part.ndim == 1 and len(part) else np.array([-1])
             if own.min() >= 0 and own.max() < videos and not done[own].any():
                 done[own] = True
                 parts.append(part)

@@ -22,6 +22,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.models import sources
 from vac_ddp.models.timm_backbone import compile_in_place, draw_head, seeded, silence
 from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, some
+from vac_ddp.schema import fault
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 _LAYER = re.compile(r"^(.*?\.?)(?:layers?|blocks?|h)\.(\d+)\.")
@@ -174,7 +175,15 @@ def _config(fields: dict[str, Any] | None, weights: str) -> Any:
             f"model.weights={weights} is a {kind}, which transformers has no video classifier for: give a TimeSformer, "
             "ViViT or V-JEPA 2 (AutoModelForVideoClassification), or another model.name"
         )
-    return CONFIG_MAPPING[kind].from_dict(fields)
+    if problem := fault(fields, sources.HubConfig):
+        raise UserError(f"model.weights={weights}: its config: {problem}; fetch or copy it again")
+    try:
+        return CONFIG_MAPPING[kind].from_dict(fields)
+    except Exception as error:  # transformers checks some fields, with errors of many types
+        raise UserError(
+            f"model.weights={weights}: transformers refuses its config ({' '.join(str(error).split())[:200]}); "
+            "fetch or copy it again"
+        ) from None
 
 
 def _from_config(config: Any) -> nn.Module:

@@ -21,6 +21,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.models import sources
 from vac_ddp.models.sources import Source
 from vac_ddp.models.weights import Loaded, LoadReport
+from vac_ddp.schema import fault
 from vac_ddp.settings import ModelSettings
 
 
@@ -166,7 +167,11 @@ def _configuration(source: Source, cfg: dict[str, Any], name: str) -> dict[str, 
     theirs = beside.get("architecture")
     if theirs is not None and str(theirs).split(".")[0] != name.split(".")[0]:
         raise UserError(f"model.weights={source.asked} is a {theirs}: give model.backbone={theirs} to use it")
-    return {**cfg, **beside.get("pretrained_cfg", {})}
+    found = {**cfg, **beside.get("pretrained_cfg", {})}
+    for field, kind in (("mean", sources.Three), ("std", sources.Deviations)):
+        if problem := fault(list(found[field]) if isinstance(found[field], tuple) else found[field], kind):
+            raise UserError(f"{source.path.parent / 'config.json'}: pretrained_cfg.{field}: {problem}; correct it")
+    return found
 
 
 def load_tensors(model: nn.Module, source: Source) -> LoadReport:
