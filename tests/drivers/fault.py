@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,13 @@ def fill() -> None:
     """Use up the disk of the run; KEYS["free"] says at which step it is given back."""
     folder = Path(next(word for word in sys.argv if word.startswith("run.dir=")).partition("=")[2])
     filler = folder.resolve() / "filler"
-    with filler.open("wb") as stream:
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":  # the save in flight is whole, whatever the speed of the disk
+            thread.join()
+    with filler.open("wb", buffering=0) as stream:
         try:
             while True:
                 stream.write(b"x" * 65536)
-                stream.flush()
         except OSError:
             pass
 
