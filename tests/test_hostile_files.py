@@ -335,7 +335,7 @@ def test_a_resumed_run_moves_broken_lines_aside(runs: Path, capsys: pytest.Captu
         ("classes.json", "[1, 2]", "classes.json: [0]: expected text, found 1"),
         ("classes.json", "[" * 10**5, "hundreds of nested lists"),
         ("load_report.json", "[]", "load_report.json: expected an object"),
-        ("load_report.json", '{"mean": [{"a": 1}]}', "load_report.json: mean: expected"),
+        ("load_report.json", '{"mean": [{"a": 1}]}', "load_report.json: mean[0]: expected"),
     ],
 )
 def test_the_report_of_a_run_with_a_broken_file(runs: Path, name: str, text: str, words: str) -> None:
