@@ -7,7 +7,18 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-TEST = ["pytest", "hypothesis", "ruff", "setuptools", "torchvision", "av>=15", "soundfile", "tensorboard", "accelerate"]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "setuptools",
+    "torchvision",
+    "av>=15",
+    "soundfile",
+    "tensorboard",
+    "accelerate",
+]
 
 setup(
     name="vac_ddp",

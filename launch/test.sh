@@ -4,6 +4,7 @@
 #     bash launch/test.sh
 #     bash launch/test.sh tests/test_synth.py -x
 #
+# Without arguments two files of tests run side by side (TEST_PROCESSES=N: another number, 0: in this process).
 # The longer tiers: bash launch/test.sh -m fault (kills and stops real runs), -m docs (what README and docs say), -m slurm, -m gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,4 +21,11 @@ if command -v shellcheck >/dev/null; then
 fi
 say "pytest"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ $# = 0 ]; then
+    if "$python" -c 'import xdist' 2>/dev/null; then
+        set -- -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder
+    else
+        say "one file after the other: $python has no pytest-xdist"
+    fi
+fi
 exec "$python" -m pytest -m "not fault and not docs and not slurm and not gpu" "$@"
