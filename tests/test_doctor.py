@@ -84,12 +84,13 @@ def test_decoding_is_what_a_clock_says(tmp_path: Path) -> None:
     assert 15 < sum(map(len, frames)) / len(frames) / 1024 < 40
     config = Config()
     rate = machine.decode_rate_together(frames, config, 1)
-    for data in frames:
-        decode_frame(data)
-    begin = time.perf_counter()
-    for data in frames:
-        decode_frame(data)
-    alone = len(frames) / 16 / (time.perf_counter() - begin)
+    times = []
+    for _ in range(10):  # the quickest: others may have the processor in between
+        begin = time.perf_counter()
+        for data in frames:
+            decode_frame(data)
+        times.append(time.perf_counter() - begin)
+    alone = len(frames) / 16 / min(times)
     assert 0.1 * alone < rate < 2 * alone  # decoding is most of it
 
 

@@ -23,7 +23,8 @@ os.register_at_fork(before=lambda: forks.append(1))
 os.register_at_fork(after_in_child=lambda: len(forks) <= int(sys.argv[1]) and threading.Event().wait())
 from torch.utils.data import DataLoader
 loader = DataLoader(range(6), batch_size=2, num_workers=2, multiprocessing_context=processes.LoaderContext())
-print([batch.tolist() for batch in loader], len(forks))
+print([batch.tolist() for batch in loader])
+print(len(forks))
 """
 
 
@@ -35,7 +36,9 @@ def run(stuck: int) -> subprocess.CompletedProcess[str]:
 
 def test_a_child_that_is_stuck_in_the_fork_is_forked_again() -> None:
     done = run(stuck=1)
-    assert done.stdout.split("\n")[0] == "[[0, 1], [2, 3], [4, 5]] 3", done.stderr
+    batches, forks = done.stdout.splitlines()[:2]
+    assert batches == "[[0, 1], [2, 3], [4, 5]]", done.stderr
+    assert int(forks) >= 3  # two processes and the one that was stuck; on a busy machine others may be slow as well
 
 
 def test_it_gives_up_with_a_remedy() -> None:

@@ -6,13 +6,16 @@ The product has no switches for this: places of it are wrapped here. A fault hap
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -53,6 +56,23 @@ def descendants(root: int) -> list[int]:
     return found
 
 
+@contextlib.contextmanager
+def received(number: int) -> Iterator[None]:
+    """Wait until the signal has come back from the agent: the steps until then would depend on its speed."""
+    before, seen = signal.getsignal(number), []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(number, note)
+    yield
+    while not seen:
+        time.sleep(0.01)
+    signal.signal(number, before)
+
+
 def strike() -> None:
     """Do what WHAT says to this process, its agent, or all of them."""
     own, agent = os.getpid(), os.getppid()
@@ -67,7 +87,8 @@ def strike() -> None:
         raise UserError("a fault of this rank alone")
     number = getattr(signal, name)
     if whom == "agent":
-        os.kill(agent, number)
+        with received(number):
+            os.kill(agent, number)
     elif whom == "twice":
         os.kill(own, number)
         os.kill(own, number)
