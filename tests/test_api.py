@@ -99,3 +99,11 @@ def test_importing_the_package_alone_is_light() -> None:
     script = "import sys, vac_ddp; assert not {'torch', 'numpy'} & set(sys.modules), 'heavy'"
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "zero\0byte"])
+def test_names_that_no_file_can_have_are_one_line(place: Workplace, name: str) -> None:
+    with pytest.raises(UserError, match=r"give another name|no such"):
+        load(name)
+    with pytest.raises(UserError, match=r"give another name|no such"):
+        predict(load(place.folder / "run"), name)

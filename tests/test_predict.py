@@ -210,6 +210,30 @@ def test_equal_windows_of_a_short_video_go_through_the_model_once(tmp_path: Path
     assert (clips, all_clips) == ((1 + 1 + 5) * 3 * 2, 3 * 5 * 3 * 2)
 
 
+def test_logits_that_are_not_finite_are_named_and_the_other_videos_are_scored(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are so large that a bright video overflows and a black one does not."""
+    stored = torch.load(trained / "best_videomae.pt", weights_only=True)
+    stored["model"]["videomae.embeddings.patch_embeddings.projection.weight"].fill_(1e37)
+    stored["architecture"] |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (tmp_path / "run").mkdir()
+    torch.save(stored, tmp_path / "run" / "best_videomae.pt")
+    for number, grey in enumerate((0, 255), start=1):
+        (tmp_path / "data" / str(number)).mkdir(parents=True)
+        for frame in range(6):
+            Image.new("RGB", (40, 40), (grey,) * 3).save(tmp_path / "data" / str(number) / f"{frame + 1:04}.png")
+    with pytest.raises(Findings, match=r"1 of 2 videos have no frame .* or no finite logits.*: 2$"):
+        predict.predict(arguments(tmp_path / "run", tmp_path / "data", tmp_path / "out"))
+    assert "2: its logits are not finite" in capsys.readouterr().out
+    views = read_views(tmp_path / "out")
+    assert views.failed.tolist() == [False, True]
+    counts = np.maximum(np.array(COUNTS, float), 0.5)
+    np.testing.assert_allclose(views.logits[1], [np.log(counts / counts.sum())] * 3, atol=1e-6)
+    with pytest.raises(UserError, match="its logits are not finite"):
+        predict.predict(arguments(tmp_path / "run", tmp_path / "data" / "2", tmp_path / "one"))
+
+
 def test_what_is_averaged_follows_the_setting_and_the_command_line(
     trained: Path, data: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,13 +23,22 @@ import torch
 from vac_ddp import config as settings_io
 from vac_ddp import distributed, prediction
 from vac_ddp.checks import check_prediction
-from vac_ddp.errors import UserError
+from vac_ddp.errors import UserError, plain
 from vac_ddp.inference import scoring
 from vac_ddp.inference.forward import Scorer
 from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.metrics import log_softmax
 from vac_ddp.models.sources import Source, open_own
 from vac_ddp.settings import Config
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Raise the UserError that an error of the system stands for, as a name that no file can have."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise plain(error) from None
 
 
 @dataclass(kw_only=True)
@@ -68,6 +78,7 @@ class Prediction:
     faults: list[str] = field(default_factory=list)
 
 
+@_user_errors()
 def load(run: str | Path, *, device: str | torch.device | None = None) -> Classifier:
     """The best weights of a run directory (or a best_<model>.pt), ready to predict.
 
@@ -84,6 +95,7 @@ def load(run: str | Path, *, device: str | torch.device | None = None) -> Classi
     return Classifier(classes=list(source.classes or []), config=config, source=source, scorer=scorer)
 
 
+@_user_errors()
 def predict(
     model: Classifier, data: str | Path, *, top: int = 5, views: str | None = None, workers: int = 0
 ) -> list[Prediction]:

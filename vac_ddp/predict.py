@@ -228,7 +228,8 @@ def _predict_folder(
     if failed:
         shown = ", ".join(failed[:NAMED]) + (", ..." if len(failed) > NAMED else "")
         raise Findings(
-            f"{len(failed)} of {len(index)} videos have no frame that can be decoded and got the class prior: {shown}"
+            f"{len(failed)} of {len(index)} videos have no frame that can be decoded, or no finite logits, and got the "
+            f"class prior: {shown}"
         )
 
 
@@ -247,10 +248,10 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
         index = prediction.read_index(root, config, source, out, labelled=False)
         task = prediction.make_task(config, source, index, device)
         scorer = prediction.open_scorer(config, source, device)
-        prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=lambda: 0)
+        done = prediction.score(task, config, scorer, index, out, overwrite=options.overwrite, stop=lambda: 0)
         views = read_views(out)
         if views.failed[0]:
-            raise UserError(f"{options.data}: no frame of it can be decoded")
+            raise UserError(f"{options.data}: {done.damage[0] if done.damage else 'no frame of it can be decoded'}")
         if options.out:
             prediction.finish(out, config, options.sample)
     shares = np.exp(log_softmax(scoring.average_views(views.logits, method=config.predict.average)[0]))

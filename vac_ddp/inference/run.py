@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def predict_views(
     try:
         try:
             for video in scored_videos(scorer, _videos(loader, clock, result)):
-                waiting.append(video)
+                waiting.append(_finite(video, task.head.ids, result))
                 result.computed += 1
                 progress(result.computed, len(own))
                 if len(waiting) >= save_every:
@@ -228,6 +228,15 @@ def _open_together(
     distributed.raise_together(error)
     complete, done = distributed.broadcast_object((found.complete, found.done) if found is not None else None)
     return found if found is not None else parts.Found(complete=complete, parts=[], done=done)
+
+
+def _finite(video: Scored, ids: list[str], result: Done) -> Scored:
+    """The video, without its logits where one of them is not finite: that is named, and the class prior answers."""
+    if video.logits is None or np.isfinite(video.logits).all():
+        return video
+    if len(result.damage) < NAMED:
+        result.damage.append(f"{ids[video.video]}: its logits are not finite; try train.precision=fp32")
+    return replace(video, logits=None)
 
 
 def _records(videos: list[Scored], kind: np.dtype[Any], prior: np.ndarray) -> np.ndarray:
