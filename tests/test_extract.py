@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -197,35 +198,66 @@ def broken(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def test_damaged_files_are_named_and_give_the_frames_that_decode(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files_are_named_and_leave_nothing_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     paths = broken(tmp_path)
     for path in list(paths.values()):
         path.rename(path.parent / f"{path.stem}_{path.suffix[1:]}{path.suffix}")
     make_video(tmp_path / "in" / "fine" / "ok.mp4", 3)
     (tmp_path / "in" / "readme.txt").write_text("hello")
     assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "2"]) == 3
+    assert tree(tmp_path / "out") == [".extract.json", "fine/ok/0001.jpg", "fine/ok/0002.jpg", "fine/ok/0003.jpg"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".extract.json", "fine"]
     said = capfd.readouterr().out
-    refused = ["cut10_avi.avi", "cut50_avi.avi", "cut50_mp4.mp4", "empty_mp4.mp4", "text_mp4.mp4"]  # cut in the headers
+    assert "extracted 1 videos, 3 frames" in said
+    assert f"{len(paths)} files are damaged and were left alone" in said
+    assert all(f"class/{path.stem}_{path.suffix[1:]}{path.suffix}: " in said for path in paths.values())
+    assert "1 files are no videos and were left alone: readme.txt" in said
+
+
+def test_the_frames_of_damaged_files_are_kept_where_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for path in broken(tmp_path).values():
+        path.rename(path.parent / f"{path.stem}_{path.suffix[1:]}{path.suffix}")
+    make_video(tmp_path / "in" / "fine" / "ok.mp4", 3)
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0"]
+    assert main(words) == 3
+    refused = dict(re.findall(r"^  class/(.*?): (.*)$", capfd.readouterr().out, re.MULTILINE))
+    assert main([*words, "--keep-damaged"]) == 3  # the same OUT takes them
+    said = capfd.readouterr().out
+    none = ["cut10_avi.avi", "cut50_avi.avi", "cut50_mp4.mp4", "empty_mp4.mp4", "text_mp4.mp4"]  # cut in the headers
     shown = ["cut50_mkv.mkv", "cut99_avi.avi", "cut99_mp4.mp4", "noise_avi.avi"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".extract.json", "class", "fine"]
+    assert sorted(refused) == sorted([*none, *shown])
     assert sorted(p.name for p in (tmp_path / "out" / "class").iterdir()) == sorted(Path(name).stem for name in shown)
-    assert tree(tmp_path / "out" / "fine") == ["ok/0001.jpg", "ok/0002.jpg", "ok/0003.jpg"]
-    assert f"{len(refused)} files are damaged and were left alone" in said
+    assert f"extracted {len(shown)} videos, " in said and "; 1 were there" in said
+    assert f"{len(none)} files are damaged and were left alone" in said
+    assert all(f"class/{name}: {refused[name]}\n" in said and "--keep" not in refused[name] for name in none)
     assert f"{len(shown)} files are damaged; the frames that decode are extracted" in said
-    assert all(f"class/{name}: " in said for name in [*refused, *shown])
     for name in shown:
         folder = tmp_path / "out" / "class" / Path(name).stem
         frames = len(jpegs(folder))
         assert 0 < frames <= 30
-        assert f"class/{name}: {frames} frames; " in said
-    assert "1 files are no videos and were left alone: readme.txt" in said
-    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0"]) == 3  # and says so again
+        faults = (folder / ".faults.txt").read_text().splitlines()
+        assert f"class/{name}: {frames} frames; {'; '.join(faults)}\n" in said
+        assert refused[name] == "; ".join([*faults, f"{frames} frames decode, --keep-damaged writes them"])
+    assert main(words) == 3  # and says so again
     again = capfd.readouterr().out
     assert f"extracted 0 videos, 0 frames; {len(shown) + 1} were there" in again
     named = [line for line in said.splitlines() if line.startswith("  ") and " frames; " in line]
     assert [line for line in again.splitlines() if line.startswith("  ") and " frames; " in line] == named
+
+
+@pytest.mark.parametrize("kind", ["avi", "mp4", "mov", "mkv", "webm"])
+def test_a_cut_video_never_becomes_a_folder(tmp_path: Path, kind: str) -> None:
+    data = make_video(tmp_path / "a.mkv" if kind == "webm" else tmp_path / f"a.{kind}", 40).read_bytes()
+    name = Path(f"cut.{kind}")
+    for share in (*range(5, 100, 5), 99, 99.9):
+        (tmp_path / name).write_bytes(data[: int(len(data) * share / 100)])
+        outcome = extract_one(tmp_path, name, tmp_path / "out" / "cut", Options())
+        assert outcome.problem and not outcome.frames
+        assert not (tmp_path / "out").exists()
+    (tmp_path / name).write_bytes(data)
+    outcome = extract_one(tmp_path, name, tmp_path / "out" / "cut", Options())
+    assert (outcome.problem, outcome.faults, outcome.frames) == (None, [], 40)
+    assert len(jpegs(tmp_path / "out" / "cut")) == 40
 
 
 @pytest.mark.parametrize("kind", ["avi", "mp4", "mov", "mkv", "webm"])

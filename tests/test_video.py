@@ -49,6 +49,7 @@ def remux(source: Path, target: Path, stamps: Sequence[int]) -> Path:
     """The packets of a file of ten frames a second, shown at `stamps` (in tenths of a second)."""
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
         stream = write.add_stream_from_template(read.streams.video[0])
+        stream.time_base = Fraction(1, RATE)  # PyAV 17.0 takes another one
         packets = [packet for packet in read.demux(video=0) if packet.size]
         for packet, stamp in zip(packets, stamps, strict=True):
             packet.pts = packet.dts = round(Fraction(stamp, RATE) / packet.time_base)
@@ -93,7 +94,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
         with av.open(str(tmp_path / name), "w") as write, av.open(str(movie)) as read:
             cover = write.add_stream("mjpeg", rate=RATE)
             cover.width, cover.height, cover.pix_fmt = 640, 480, "yuvj420p"
-            cover.disposition = int(av.stream.Disposition.attached_pic)
+            cover.disposition = av.stream.Disposition.attached_pic.value
             stream = write.add_stream_from_template(read.streams.video[0]) if with_movie else None
             sound = None if with_movie else write.add_stream("aac", rate=8000, layout="mono")
             write.start_encoding()

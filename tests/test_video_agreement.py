@@ -173,7 +173,7 @@ def test_extract_and_predict_write_these_frames(folder: Path, tmp_path: Path) ->
     for path in folder.iterdir():
         if path.suffix in SUFFIXES:
             (videos / path.name.replace(".", "_")).with_suffix(path.suffix).symlink_to(path)  # one folder each
-    extract(videos, tmp_path / "out", Options(quality=90))
+    extract(videos, tmp_path / "out", Options(quality=90, keep_damaged=True))
     for path in sorted(videos.iterdir()):
         if path.name == "cut_odd_size_mkv.mkv":  # no frame of it is whole
             with pytest.raises(UserError, match="no frame decodes"):

@@ -184,7 +184,8 @@ def _oriented(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
     The matrix maps a pixel (x, y) to (a x + c y, b x + d y), ISO 14496-12, 6.2.2.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    extra = frame.side_data
+    data = extra.get("DISPLAYMATRIX") if len(extra) else None  # a key that is not there costs an exception
     if data is None:
         return image
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
@@ -220,6 +221,6 @@ class Clock:
                 now = expected
             now = max(now, self._before)
         self._before = now
-        length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+        length = frame.duration * float(frame.time_base or 0) if frame.duration else 0.0
         self.end = now + (length if 0 < length <= _GAP_S else self.step)
         return now

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +35,12 @@ class Options:
     short_side: int | None = None  # pixels; smaller videos keep their size
     quality: int = 90  # of the JPEGs
     audio: bool = False  # write audio.wav as well
+    keep_damaged: bool = False  # write the frames that decode of a damaged file, instead of refusing it
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What all folders of one OUT have in common; damaged files may be added to it later."""
+        return {name: value for name, value in asdict(self).items() if name != "keep_damaged"}
 
 
 Job = tuple[Path, Path, Path, Options]  # folder of the videos, file in it, folder to write, options
@@ -62,11 +68,11 @@ class Summary:
     other: list[str] = field(default_factory=list)  # files that are no videos by their name
 
 
-def main(argv: list[str]) -> int:
-    """The command. Returns the exit status: 0, or 3 where files were damaged."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vac extract",
-        description="Cut video files into folders of JPEG frames. Folders that are there are not made again.",
+        description="Cut video files into folders of JPEG frames. Folders that are there are not made again, damaged "
+        "files get none.",
     )
     parser.add_argument("videos", type=Path, help="a video file, or a folder of them, in class folders or not")
     parser.add_argument("out", type=Path, help="where <class>/<video>/0001.jpg go")
@@ -86,11 +92,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--audio", action="store_true", help="write audio.wav (16 kHz, mono) where there is sound")
     parser.add_argument(
+        "--keep-damaged", action="store_true", help="of damaged files too, write the frames that decode"
+    )
+    parser.add_argument(
         "--workers", type=number(int, low=0, high=1024), help="processes (default: one a core; 0: none but this)"
     )
     parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
-    given = parser.parse_args(argv)
-    options = Options(rate=given.rate, short_side=given.short_side, quality=given.quality, audio=given.audio)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command. Returns the exit status: 0, or 3 where files were damaged."""
+    given = _parser().parse_args(argv)
+    options = Options(**{option.name: getattr(given, option.name) for option in fields(Options)})
     workers = given.workers if given.workers is not None else len(os.sched_getaffinity(0))
     summary = extract(given.videos, given.out, options, workers=workers, progress=sys.stderr.isatty())
     print(f"extracted {summary.extracted} videos, {summary.frames} frames" + _there(summary.there))
@@ -223,12 +237,12 @@ def _remember(out: Path, options: Options) -> None:
     record = out / RECORD
     if record.exists():
         before = read_json(record, dict[str, Any], remedy="use another OUT")
-        if before != asdict(options):
-            now = _spell(asdict(options))
+        if before != options.record:
+            now = _spell(options.record)
             raise UserError(f"{out} was extracted with {_spell(before)}, now it is {now}: use another OUT")
         return
     try:
-        write_json(record, asdict(options))
+        write_json(record, options.record)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -307,8 +321,9 @@ def extract_one(root: Path, source: Path, folder: Path, options: Options) -> Out
 
 
 def _extract(video: VideoFile, folder: Path, options: Options, outcome: Outcome) -> None:
+    """Raises DamagedVideo where there are no frames, or faults and damaged files are not to be kept."""
     with whole_folder(folder) as partial:
-        outcome.frames = write_frames(
+        frames = write_frames(
             video,
             partial,
             rate=options.rate,
@@ -318,9 +333,13 @@ def _extract(video: VideoFile, folder: Path, options: Options, outcome: Outcome)
         )
         if options.audio:
             video.write_sound(partial / "audio.wav")
-        outcome.faults = video.faults
+        if video.faults and not options.keep_damaged:
+            rate = "" if options.rate is None else f" at {options.rate:g} a second"
+            remedy = f"{frames} frames decode{rate}, --keep-damaged writes them"
+            raise DamagedVideo("; ".join([*video.faults, remedy]))
         if video.faults:
             (partial / FAULTS).write_text("\n".join(video.faults), encoding="utf-8")
+    outcome.frames, outcome.faults = frames, video.faults
 
 
 if __name__ == "__main__":
