@@ -45,9 +45,12 @@ def _read(path: Path) -> Owner | None:
     except (ValueError, RecursionError):
         return None
     names = {"host": str, "pid": int, "started": str | None, "job": str | None, "attempt": int}
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in names.items()):
+    if not isinstance(found, dict):
         return None
-    return Owner(**{name: found[name] for name in names})
+    found = {"attempt": 0, **found}
+    if not all(isinstance(found.get(name), kind) for name, kind in names.items()):
+        return None
+    return Owner(**{name: found.get(name) for name in names})
 
 
 class RunLock:
