@@ -219,3 +219,40 @@ def test_several_stacks_are_counted_on():
     assert [depths[name] for name in names] == [0, 1, 2, 2, 3, 4, 4, 4]
     assert count == 5
     assert depths_by_number(["net.a", "head.b"], "net") == ({"net.a": 0, "head.b": 1}, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"intermediate_size": 10**9}, "intermediate_size: expected numbers up to"),
+        ({"intermediate_size": 1 << 20, "hidden_size": 1 << 20, "num_hidden_layers": 1}, "parameters, the file holds"),
+        ({"intermediate_size": -1}, "no timesformer can be built of its config"),
+        ({"patch_size": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "none"}, "KeyError"),
+        ({"num_labels": 10**12}, "num_labels: expected a whole number"),
+        ({"extra_layers": 10**7}, "extra_layers: expected numbers up to 1000"),
+        ({"num_channels": 4}, "does not take 4 frames"),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_built_is_refused_before_memory_is_allocated(tmp_path, changes, words):
+    tiny("timesformer").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=words):
+        build(tmp_path)
+
+
+def test_what_a_config_would_have_fetched_or_imported_is_left_out(tmp_path):
+    net = tiny("timesformer")
+    net.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    foreign = {
+        "_attn_implementation": "kernels-community/flash-attn",
+        "attn_implementation": "kernels-community/flash-attn",
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "dtype": "float16",
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **foreign}))
+    loaded = build(tmp_path).model.net
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.timesformer.embeddings.cls_token, net.timesformer.embeddings.cls_token)

@@ -224,3 +224,16 @@ def test_scores_name_the_best_classes_in_the_submissions_order() -> None:
     assert rows[0] == ["id", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
     assert rows[1] == ["1", "a", "0.500000", "b,c", "0.250000", "d", "0.250000"]
     assert rows[2] == ["2", "d", "0.700000", "b,c", "0.200000", "a", "0.100000"]
+
+
+def test_ids_of_more_digits_than_python_reads_as_a_number():
+    long = "7" * 5000
+    assert written_id(f"00{long}") == long
+    assert sorted([long, "10", "9", "8" * 4999], key=natural_key) == ["9", "10", "8" * 4999, long]
+    assert submission_text([long, "2"], ["a", "b"]) == f"id,class\n2,b\n{long},a\n"
+
+
+@pytest.mark.parametrize(("header", "twice"), [("id,class,class", "class"), ("id,id,label", "id")])
+def test_a_sample_with_a_column_twice_is_refused(header, twice):
+    with pytest.raises(UserError, match=f"2 columns headed {twice}"):
+        submission_after(f"{header}\n1,1,x\n", ["1"], ["a"])

@@ -14,6 +14,7 @@ import functools
 import os
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ def _load_yaml(path: Path) -> Any:
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise yaml.constructor.ConstructorError(problem=f"{shown(min(twice))} is given twice")
+            if len(set(names)) < len(names):
+                twice = min(name for name, count in Counter(names).items() if count > 1)
+                raise yaml.constructor.ConstructorError(problem=f"{shown(twice)} is given twice")
             return super().construct_mapping(node, deep)
 
     Loader.yaml_implicit_resolvers = {

@@ -23,7 +23,7 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 
 def written_id(name: str) -> str:
     """The id of a test folder: a number without its leading zeros (00015 -> 15), any other name as it is."""
-    return str(int(name)) if is_number(name) else name
+    return name.lstrip("0") or "0" if is_number(name) else name
 
 
 def is_number(name: str) -> bool:
@@ -31,10 +31,10 @@ def is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts clip2 before clip10: runs of digits compare as numbers, and come before text."""
+def natural_key(name: str) -> tuple[tuple[int, int, str, str], ...]:
+    """Sorts clip2 before clip10: runs of digits, however long, compare as numbers, and come before text."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return tuple((0, int(p), p) if p[0] in "0123456789" else (1, 0, p) for p in parts)
+    return tuple((0, len(written_id(p)), written_id(p), p) if is_number(p) else (1, 0, "", p) for p in parts)
 
 
 def submission_text(names: Sequence[str], answers: Sequence[str]) -> str:
@@ -238,7 +238,10 @@ def _columns(header: list[str], classes: Sequence[str], where: str) -> _Columns:
     id_column = names.index("id") if "id" in names else 0
     others = [column for column in range(len(names)) if column != id_column]
     by_class = _class_columns(header, others, classes)
-    headed = next((names.index(name) for name in ("class", "label") if name in names), None)
+    answer = next((name for name in ("class", "label") if name in names), None)
+    headed = None if answer is None else names.index(answer)
+    if twice := next((name for name in ("id", answer) if names.count(name or "") > 1 and name), None):
+        raise UserError(f"{where} has {names.count(twice)} columns headed {twice}: expected one")
     headed = None if headed == id_column else headed
     if len(by_class) == len(classes) > 1:
         if headed is None or headed in by_class:

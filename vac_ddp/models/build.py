@@ -95,9 +95,18 @@ def architecture_of(settings: ModelSettings, clip: ClipSettings) -> videomae.Arc
 
 
 def _build_other(
-    settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int, saved: dict[str, Any] | None = None
+    settings: ModelSettings,
+    clip: ClipSettings,
+    num_classes: int,
+    *,
+    seed: int,
+    saved: dict[str, Any] | None = None,
+    stored: int | None = None,
 ) -> Loaded:
-    """The other architectures, imported when they are asked for: each brings a heavy library."""
+    """The other architectures, imported when they are asked for: each brings a heavy library.
+
+    saved: the architecture in a checkpoint; stored: how many parameters it holds.
+    """
     if settings.name == "lsvit":
         from vac_ddp.models.lsvit import build_lsvit
 
@@ -109,7 +118,7 @@ def _build_other(
     if settings.name == "hf":
         from vac_ddp.models.hf import build_hf
 
-        return build_hf(settings, clip, num_classes, seed=seed, architecture=saved)
+        return build_hf(settings, clip, num_classes, seed=seed, architecture=saved, stored=stored)
     raise UserError(f"model.name={settings.name} is none of videomae, lsvit, frame_vit, hf")
 
 
@@ -143,7 +152,8 @@ def _load_own(
     same.setdefault("lsvit_version", 1)  # runs from before there was a second one
     mean, std = facts.get("mean") or saved.get("mean"), facts.get("std") or saved.get("std")
     settings = dataclasses.replace(settings, **same, weights=None, mean=settings.mean or mean, std=settings.std or std)
-    loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture)
+    stored = sum(tensor.numel() for tensor in source.state.values())
+    loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture, stored=stored)
     report = put_own(loaded.model, source, classes)
     report.mean, report.std, report.normalisation = loaded.mean, loaded.std, "of the run"
     return Loaded(model=loaded.model, report=report, mean=loaded.mean, std=loaded.std)

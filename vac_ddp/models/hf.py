@@ -21,10 +21,18 @@ from torch.utils.checkpoint import checkpoint
 from vac_ddp.errors import UserError
 from vac_ddp.models import sources
 from vac_ddp.models.timm_backbone import compile_in_place, draw_head, seeded, silence
+from vac_ddp.models.torch_file import REMEDY as _REMEDY
+from vac_ddp.models.torch_file import first_line
 from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, some
-from vac_ddp.schema import fault
+from vac_ddp.schema import fault, shown
 from vac_ddp.settings import ClipSettings, ModelSettings
 
+# What a config could have transformers fetch, import or run beside the model.
+_FOREIGN = frozenset(
+    ("attn_implementation", "_attn_implementation", "quantization_config", "auto_map", "transformers_weights")
+)
+_MOST_LAYERS, _MOST = 1000, 1 << 20  # in a config: of numbers whose name ends in "layers", of others
+_ANY_FILE = 1 << 24  # parameters that a model of a file of any size may have
 _LAYER = re.compile(r"^(.*?\.?)(?:layers?|blocks?|h)\.(\d+)\.")
 
 
@@ -119,11 +127,13 @@ def build_hf(
     *,
     seed: int,
     architecture: dict[str, Any] | None = None,
+    stored: int | None = None,
 ) -> Loaded:
     """The classifier that settings.weights (hub id or directory) names, its head drawn anew from `seed`.
 
-    architecture: what `HFClassifier.architecture` gave; the model is then built of it with random weights. UserError:
-    VideoMAE, other tasks, weights without a part of the backbone, clips of another length or size.
+    architecture: what `HFClassifier.architecture` gave; the model is then built of it with random weights, for a file
+    of `stored` parameters where that is known. UserError: VideoMAE, other tasks, weights without a part of the
+    backbone, a config of which no model can be built, or one far larger than its file, clips of another length or size.
     """
     for name in ("drop_path", "head_dropout"):
         if getattr(settings, name) > 0:
@@ -131,10 +141,12 @@ def build_hf(
     source = None
     if architecture is None:
         source = _open(settings)
+        stored = sum(tensor.numel() for tensor in source.state.values())
     config = _config(architecture["config"] if architecture else source.hf_config, str(settings.weights))
     zeroed = _zero_rates(config)
     _check_clips(config, clip)
     config.num_labels = num_classes
+    unused = unused_parameters(config, clip, stored=stored)
     report = LoadReport(source="none")
     with seeded(seed), _quiet():
         net = _from_config(config) if source is None else _load(source, config, report)
@@ -143,7 +155,6 @@ def build_hf(
     zeroed += silence(net)
     if zeroed:
         report.notes.append(f"runs without random layers of its own ({', '.join(zeroed)})")
-    unused = unused_parameters(config, clip)
     if unused:
         report.notes.append(f"{len(unused)} tensors are not read when classifying and stay frozen: {some(unused, 3)}")
     _set_normalisation(report, settings, source)
@@ -176,7 +187,8 @@ def _config(fields: dict[str, Any] | None, weights: str) -> Any:
             "ViViT or V-JEPA 2 (AutoModelForVideoClassification), or another model.name"
         )
     if problem := fault(fields, sources.HubConfig):
-        raise UserError(f"model.weights={weights}: its config: {problem}; fetch or copy it again")
+        raise UserError(f"model.weights={weights}: its config: {problem}; {_REMEDY}")
+    fields = _bounded(fields or {}, f"model.weights={weights}: its config")
     try:
         return CONFIG_MAPPING[kind].from_dict(fields)
     except Exception as error:  # transformers checks some fields, with errors of many types
@@ -186,10 +198,25 @@ def _config(fields: dict[str, Any] | None, weights: str) -> Any:
         ) from None
 
 
+def _bounded(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """The JSON fields of a config without `_FOREIGN`; UserError for a number far beyond that of any model."""
+    kept = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = _bounded(value, where)
+        most = _MOST_LAYERS if name.endswith("layers") else _MOST
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise UserError(f"{where}: {name}: expected numbers up to {most}, found {shown(number)}; {_REMEDY}")
+        if name not in _FOREIGN:
+            kept[name] = value
+    return kept
+
+
 def _from_config(config: Any) -> nn.Module:
     from transformers import AutoModelForVideoClassification
 
-    return AutoModelForVideoClassification.from_config(config)
+    return AutoModelForVideoClassification.from_config(config, dtype=torch.float32)
 
 
 def _load(source: sources.Source, config: Any, report: LoadReport) -> nn.Module:
@@ -203,6 +230,7 @@ def _load(source: sources.Source, config: Any, report: LoadReport) -> nn.Module:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
+        local_files_only=True,
     )
     for parameter in net.parameters():
         # Tensors mapped from a file lie at odd addresses, where some kernels round otherwise than after a restart.
@@ -244,21 +272,32 @@ def _draw_classifier(net: nn.Module, scale: float) -> None:
         old.bias.copy_(new.bias)
 
 
-def unused_parameters(config: Any, clip: ClipSettings) -> list[str]:
+def unused_parameters(config: Any, clip: ClipSettings, *, stored: int | None = None) -> list[str]:
     """Names of parameters that no gradient reaches, found on the meta device: DDP waits in vain for such ones.
 
-    UserError where the model refuses clips of this shape.
+    UserError where no model can be built of the config, it has many more parameters than the `stored` ones of its
+    file, or it refuses clips of this shape.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), _quiet():
-        net = _from_config(config).train()
-        clips = torch.empty(1, clip.frames, 3, clip.size, clip.size)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), _quiet():
+            net = _from_config(config).train()
+            clips = torch.empty(1, clip.frames, 3, clip.size, clip.size)
+    except Exception as error:  # of any type: transformers computes with the numbers as they are
+        raise UserError(
+            f"no {config.model_type} can be built of its config ({type(error).__name__}: {first_line(error)}); "
+            f"{_REMEDY}"
+        ) from error
+    needed = sum(parameter.numel() for parameter in net.parameters())
+    if stored is not None and needed > 2 * stored + _ANY_FILE:
+        raise UserError(
+            f"the config of this {config.model_type} describes {needed} parameters, the file holds {stored}; {_REMEDY}"
+        )
     try:
         net(**{net.main_input_name: clips}).logits.sum().backward()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # as above
         raise UserError(
-            f"this {config.model_type} does not take {clip.frames} frames of {clip.size} pixels ({reason}): "
-            "set clip.frames and clip.size to what it was trained with"
+            f"this {config.model_type} does not take {clip.frames} frames of {clip.size} pixels "
+            f"({first_line(error)}): set clip.frames and clip.size to what it was trained with"
         ) from error
     return [name for name, parameter in net.named_parameters() if parameter.grad is None]
 

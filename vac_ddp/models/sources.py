@@ -101,6 +101,7 @@ class HubConfig(TypedDict):
     hidden_size: NotRequired[Size]
     layer_norm_eps: NotRequired[Epsilon]
     id2label: NotRequired[dict[str, str] | None]
+    num_labels: NotRequired[Size]
     qv_bias: NotRequired[bool]
     qkv_bias: NotRequired[bool]
 
