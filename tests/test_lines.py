@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
 
+from vac_ddp.errors import UserError
 from vac_ddp.report.lines import Lines
+from vac_ddp.report.tracker import Tracker
+from vac_ddp.settings import LogSettings
 
 
 class Disk:
@@ -50,3 +54,22 @@ def test_a_disk_that_stays_full_says_so() -> None:
     assert lines.error == "No space left on device"
     lines.close()
     assert lines.error == "No space left on device"
+
+
+def test_a_disk_without_room_for_the_lines_that_go_keeps_them_where_they_are(tmp_path: Path) -> None:
+    metrics, discarded = tmp_path / "metrics.jsonl", tmp_path / "metrics.discarded.jsonl"
+    metrics.write_text("".join(f'{{"kind": "train", "step": {step}}}\n' for step in range(9)))
+    discarded.write_text('{"kind": "train", "step": 20}\n')
+    before = metrics.read_bytes(), discarded.read_bytes()
+    tracker = Tracker(tmp_path, LogSettings(), rank=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            tracker.rewind(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (metrics.read_bytes(), discarded.read_bytes()) == before
+    assert tracker.rewind(3) == 5
+    tracker.close(0)
+    assert discarded.read_bytes() == before[1] + before[0][-5 * 29 :]

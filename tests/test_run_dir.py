@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from tests.runs import Workplace
 from vac_ddp import config, train
-from vac_ddp.engine import run_dir
+from vac_ddp.engine import lock, run_dir
 from vac_ddp.errors import UserError
 from vac_ddp.settings import RunSettings
 from vac_ddp.tools import runs
@@ -166,3 +169,52 @@ def test_discarded_runs_are_not_listed(place: Workplace, tmp_path: Path) -> None
     for name in ("a", "a.discarded-20260101-000000"):
         shutil.copytree(place.folder / "finished", tmp_path / name)
     assert runs.find_runs(tmp_path) == [tmp_path / "a"]
+
+
+def test_a_run_that_goes_on_in_a_debug_directory_is_no_debug_run(place: Workplace) -> None:
+    folder = place.folder / "was-debug"
+    folder.mkdir()
+    (folder / "debug_run.txt").write_text(run_dir.DEBUG_NOTE)  # all that a debug run left that was killed at once
+    assert here(place, "was-debug", *SHORT, "run.resume=auto")[0] == 0
+    before = contents(folder)
+    assert "is not a debug run" in refused(here(place, "was-debug", "--debug"))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "broken link"])
+def test_debug_in_what_is_no_directory_is_one_line(place: Workplace, kind: str) -> None:
+    path = place.folder / f"no-directory-{kind[:4]}"
+    path.write_text("mine") if kind == "file" else path.symlink_to("nowhere")
+    assert "give a directory" in refused(here(place, path.name, "--debug"))
+
+
+@pytest.mark.parametrize("written", ["nothing", "the lock"])
+def test_a_disk_that_is_full_at_the_start_changes_nothing(place: Workplace, written: str) -> None:
+    name = f"an-earlier-run-with-a-long-name-on-a-full-disk-{written[:3]}"
+    folder = finished(place, name)
+    before = contents(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lock_bytes = len(json.dumps(dataclasses.asdict(lock._own())))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lock_bytes if written == "the lock" else 0, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            run_dir.open_run(RunSettings(dir=str(folder), overwrite=True), {}, lambda line: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(folder) == before
+    assert not list(place.folder.glob(f"{name}.discarded-*"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "config.yaml", "classes.json", "checkpoints"])
+def test_a_folder_in_place_of_a_file_is_one_line(place: Workplace, name: str) -> None:
+    folder = finished(place, f"kind-{name}")
+    entry = folder / name
+    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    entry.write_text("mine") if name == "checkpoints" else entry.mkdir()
+    assert f"{entry} is " in refused(here(place, folder.name, *SHORT, "run.resume=auto"))
+
+
+def test_a_damaged_list_of_classes_is_one_line(place: Workplace) -> None:
+    folder = finished(place, "classes-damaged")
+    (folder / "classes.json").write_text('{"a')
+    assert "classes.json" in refused(here(place, folder.name, *SHORT, "run.resume=auto"))

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.runs import Workplace, assert_same_end, differences, make_videos
-from vac_ddp import config, job, predict, train
+from vac_ddp import config, job, job_resume, predict, train
 from vac_ddp.engine import same_run
+from vac_ddp.engine.best import BestFile
 from vac_ddp.models import load_model, rebuild_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 
@@ -295,3 +296,13 @@ def test_checkpoints_of_the_first_version_say_less_and_are_accepted(place: Workp
     assert status == 0, err
     assert said.count("is of an earlier version and does not say") == 1
     assert_same_end(place, "whole", "first")
+
+
+def test_a_damaged_best_file_of_the_first_version_is_set_aside(tmp_path: Path) -> None:
+    best, source, said = tmp_path / "best_videomae.pt", tmp_path / "checkpoints" / "step-00000004.pt", []
+    best.write_bytes(b"cut off")
+    stopping = {"best": 0.5, "best_epoch": 1, "since_best": 0}
+    after = job_resume.settle_best(BestFile(best), source, {}, stopping, said.append)
+    assert after == {"best": None, "best_epoch": None, "since_best": 0}
+    assert (source.parent / "discarded" / best.name).read_bytes() == b"cut off" and not best.exists()
+    assert len(said) == 2

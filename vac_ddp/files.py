@@ -62,7 +62,9 @@ def regular(path: Path) -> Path:
             return target
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-        raise WriteError(f"cannot write {path}: it is {what}, not a file; give another name")
+        made = WriteError(f"cannot write {path}: it is {what}, not a file; give another name")
+        made.strerror = f"it is {what}, not a file"
+        raise made
     return target
 
 

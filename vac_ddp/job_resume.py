@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vac_ddp import distributed, files
 from vac_ddp.engine import run_dir, same_run
 from vac_ddp.engine.best import BestFile, is_file
@@ -17,7 +15,9 @@ from vac_ddp.errors import UserError
 from vac_ddp.job_data import Data, data_hashes
 from vac_ddp.job_model import Resumed
 from vac_ddp.models import Loaded, load_model, rebuild_model
+from vac_ddp.models.torch_file import read_torch
 from vac_ddp.settings import Config
+from vac_ddp.text import printable
 
 # Of the run that a checkpoint lies in, for a new directory.
 COPIED = ("load_report.json",)
@@ -41,9 +41,12 @@ def check(resumed: Resumed, data: Data) -> None:
         assert resumed.source is not None, "rank 0 has read it"
         same_run.check_data(resumed.facts, data_hashes(data), resumed.source)
         home = run_dir.run_of(resumed.source)
-        listed = None if home is None else home / "classes.json"  # the first version's checkpoints have no hash
-        if listed is not None and listed.exists() and files.read_json(listed) != data.classes:
-            raise UserError(f"{resumed.source} cannot be resumed with this data: classes: the classes are others")
+        if home is None or not (home / "classes.json").exists():
+            return
+        if run_dir.read_classes(home) != [printable(name) for name in data.classes]:
+            raise UserError(
+                f"{resumed.source} cannot be resumed with this data: classes: {home / 'classes.json'} has others"
+            )
 
     distributed.main_first(compare, lambda: None)
 
@@ -110,8 +113,11 @@ def _record(path: Path, facts: dict[str, Any], stopping: dict[str, Any]) -> dict
     if not path.exists():
         return None
     # A checkpoint of the first version: by the accuracy that the file says.
-    metrics = torch.load(path, map_location="cpu", weights_only=True).get("metrics", {})
-    if metrics.get("top1") != stopping["best"]:
+    try:
+        metrics = read_torch(path).get("metrics")
+    except (OSError, UserError):
+        return None
+    if (metrics.get("top1") if isinstance(metrics, dict) else None) != stopping["best"]:
         return None
     return {"epoch": stopping["best_epoch"], "bytes": path.stat().st_size, "sha256": files.sha256(path)}
 

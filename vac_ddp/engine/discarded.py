@@ -50,7 +50,11 @@ def set_aside(folder: Path, foreign: Iterable[Path], start: str | None) -> Path:
         ) from error
     for path in foreign:
         (aside / path.name).rename(real / path.name)
-    write_record(folder, start, [*earlier, aside])
+    try:
+        write_record(folder, start, [*earlier, aside])
+    except OSError:
+        put_back(real, aside)
+        raise
     return aside
 
 
@@ -79,7 +83,7 @@ def write_record(folder: Path, start: str | None, discarded: list[Path]) -> None
 
 
 class Record(TypedDict):
-    """What is read of `overwrote.json`."""
+    """What is read of `start.json`."""
 
     start: NotRequired[str | None]
     discarded: NotRequired[list[str]]
@@ -120,7 +124,7 @@ def describe(folder: Path) -> list[str]:
 
 
 def put_back(folder: Path, aside: Path) -> None:
-    """Undo `set_aside` for a new run that could not start and has removed what it wrote."""
+    """Undo `set_aside`, where nothing of the new run is in `folder`."""
     for path in aside.iterdir():
         path.rename(folder / path.name)
     aside.rmdir()

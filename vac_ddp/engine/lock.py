@@ -71,7 +71,7 @@ class RunLock:
         own = _own()
         for _ in range(3):
             try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                self._make(own)
             except FileExistsError:
                 self._remove_if_dead(own)
                 continue
@@ -79,12 +79,20 @@ class RunLock:
                 raise UserError(
                     f"cannot write in {self.path.parent}: {error.strerror}; set run.dir elsewhere"
                 ) from error
-            with os.fdopen(handle, "w") as stream:
-                json.dump(asdict(own), stream)
             self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
             self._thread.start()
             return
         raise UserError(f"{self.path} is being taken by other runs; one run a directory, set run.dir elsewhere")
+
+    def _make(self, own: Owner) -> None:
+        """Make the lock file, or leave none. FileExistsError where there is one, OSError where the disk is full."""
+        handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        try:
+            with os.fdopen(handle, "w") as stream:
+                json.dump(asdict(own), stream)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
 
     def _remove_if_dead(self, own: Owner) -> None:
         try:

@@ -43,6 +43,8 @@ OURS = (
     "wandb",
 )
 
+FOLDERS = ("checkpoints", "predictions", "logs", "tensorboard", "wandb")  # of these; the rest are files
+
 # Where the first version kept a run that it was overwriting.
 OVERWRITTEN = ".overwritten"
 # What only a run has that has come somewhere: without a checkpoint it is not started again in the same place.
@@ -111,7 +113,9 @@ def _begun_before(folder: Path) -> bool:
 
 
 def check_debug(folder: Path) -> None:
-    """UserError where `folder` holds something that a debug run must not replace."""
+    """UserError where `folder` is a file, or holds something that a debug run must not replace."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file or a broken link: give a directory")
     if folder.is_dir() and not (folder / "debug_run.txt").exists():
         names = {path.name for path in folder.iterdir() if not path.name.startswith("run.lock")}
         there = sorted(names - {discarded.RECORD})  # alone, it is of a start that was killed at once
@@ -158,6 +162,8 @@ def open_run(
         run = _open_locked(folder, lock, overwrite, resume, explicit, values, say)
         if debug:
             files.write_text(folder / "debug_run.txt", DEBUG_NOTE)
+        else:  # --debug must not replace what goes on as a run
+            (folder / "debug_run.txt").unlink(missing_ok=True)
         for line in discarded.describe(folder):
             say(line)
         if (folder / OVERWRITTEN).exists():
@@ -187,6 +193,7 @@ def _open_locked(
         if aside is None:
             discarded.write_record(folder, _start(), [])
         return OpenRun(folder=folder, lock=lock, set_aside=aside)
+    _check_kinds(present)
     if explicit is not None:
         return _open_explicit(folder, lock, explicit, values, say)
     if resume == "none":
@@ -252,6 +259,14 @@ def _refuse_results(folder: Path, present: list[Path]) -> None:
 
 def _ours(folder: Path) -> list[Path]:
     return [e for e in folder.iterdir() if e.name in OURS or (e.name.startswith("best_") and e.suffix == ".pt")]
+
+
+def _check_kinds(present: list[Path]) -> None:
+    """UserError where a folder has the name of a file of a run, or a file that of a folder."""
+    for path in present:
+        wanted = path.name in FOLDERS
+        if path.name in OURS and path.is_dir() != wanted:
+            raise UserError(f"{path} is {'not a folder' if wanted else 'a folder, not a file'}: move it away")
 
 
 def _remove(paths: list[Path]) -> None:

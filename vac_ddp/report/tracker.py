@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from vac_ddp.errors import UserError
-from vac_ddp.files import write_json, write_text
+from vac_ddp.files import write_bytes, write_json, write_text
 from vac_ddp.report import services
 from vac_ddp.report.lines import Lines, metrics_line, read_metrics
 from vac_ddp.report.terminal import fitted, start_bar
@@ -113,10 +113,9 @@ class Tracker:
                 self.say(f"{path} line {number}: {problem}; moved to metrics.discarded.jsonl")
             (kept if line is not None and line["step"] <= step else behind).append(text)
         if behind:
-            with (self.folder / "metrics.discarded.jsonl").open("ab") as stream:
-                stream.write("".join(behind).encode("utf-8", "surrogateescape"))
-                stream.flush()
-                os.fsync(stream.fileno())
+            discarded = self.folder / "metrics.discarded.jsonl"
+            earlier = discarded.read_bytes() if discarded.exists() else b""
+            write_bytes(discarded, earlier + "".join(behind).encode("utf-8", "surrogateescape"))
         write_text(path, "".join(kept))
         self._metrics = Lines(path)
         return len(behind)
