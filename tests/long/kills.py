@@ -17,6 +17,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,9 +270,9 @@ def run_all(place: Workplace, count: int, seed: int, words: list[str], each: int
         run = f"killed{len(found)}"
         found.append(Training(place, run, words).through(kills, last))
         kills = kills[len(found[-1].kills) :]
-        compare(place, "whole", run)
         struck = ", ".join(f"{kill.victim} {kill.phase} {kill.reached}->{kill.saved}" for kill in found[-1].kills)
-        print(f"{run}: the same end; {found[-1].seconds:.0f} s, {struck}", flush=True)
+        print(f"{run}: {found[-1].seconds:.0f} s, {struck}", flush=True)
+        compare(place, "whole", run)
     return found, start_s + rest_s, last
 
 
@@ -321,8 +322,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--each", type=int, default=9, help="kills planned for one training (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kills.json and kills.md (%(default)s)")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        found, seconds, last = run_all(Workplace(Path(folder)), args.kills, args.seed, WORDS, args.each)
+    folder = Path(tempfile.mkdtemp(prefix="kills-"))  # stays where a run did not end as it should
+    print(f"in {folder}", flush=True)
+    found, seconds, last = run_all(Workplace(folder), args.kills, args.seed, WORDS, args.each)
+    shutil.rmtree(folder)
     result, lines = report(found, seconds, last, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "kills.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
