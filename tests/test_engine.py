@@ -158,7 +158,7 @@ def test_rewind_moves_later_lines_aside(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         tracker.write("train", step, loss=float(step))
     (tmp_path / "metrics.jsonl").open("a").write('{"kind": "train", "st')  # cut off by a crash
-    assert tracker.rewind(1) == 2
+    assert tracker.rewind(1, 0) == 2
     tracker.write("train", 2, loss=9.0)
     tracker.close()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

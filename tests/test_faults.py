@@ -192,6 +192,16 @@ def test_08_killed_between_write_and_rename(place: Workplace) -> None:
     assert_same_end(place, "whole", "rename")
 
 
+def test_08_killed_between_the_line_of_an_epoch_and_its_checkpoint(place: Workplace) -> None:
+    """The checkpoint of the last step is there: the epoch is ended again, its line is there once."""
+    place.train("line", "checkpoint.every_steps=4", fault="SIGKILL at=epoch step=4 rank=0")
+    assert [line["epoch"] for line in place.lines("line", "epoch")] == [1]
+    assert place.state("line")["position"]["step"] == 4
+    resumed = place.train("line", "checkpoint.every_steps=4", "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(place, "whole", "line")
+
+
 def test_09_damage_is_always_found(place: Workplace, tmp_path: Path) -> None:
     source = place.folder / "whole" / "checkpoints"
     draw = random.Random(0)

@@ -66,7 +66,8 @@ def resume_loop(loop: Loop, resumed: Resumed, run: run_dir.OpenRun | None) -> No
         rest = {k: v for k, v in resumed.state.items() if k not in ("model", "ema", "optimizer", "scaler")}
         rest["stopping"] = settle_best(loop.saver.best, resumed.source, facts, rest["stopping"], say)
     loop.restore(distributed.broadcast_object(rest))
-    moved = loop.tracker.rewind(loop.position.step)
+    where = loop.position
+    moved = loop.tracker.rewind(where.step, where.epoch - int(where.validation_due))
     if unsaid := same_run.unsaid(facts):
         say(f"{resumed.source} is of an earlier version and does not say: {', '.join(unsaid)}; taken as they are now")
     promised = same_run.promise(facts, now)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from vac_ddp import distributed, job, train
-from vac_ddp.engine import checkpoint, evaluate, step
+from vac_ddp.engine import checkpoint, evaluate, loop, step
 from vac_ddp.errors import UserError
 
 WHAT, *PAIRS = os.environ["FAULT"].split()
@@ -144,6 +144,15 @@ def at_step(stepper: step.Stepper, batches: Any, **named: Any) -> None:
         strike()
 
 
+def at_end_of_epoch(running: loop.Loop, *_: Any, **__: Any) -> None:
+    """Between the line of an epoch and its checkpoint, when that of its last step is written."""
+    where = running.position
+    if where.step == AT and where.step_in_epoch == 0 and not where.validation_due:
+        running.saver.join()
+        if due():
+            strike()
+
+
 pieces = 0
 
 
@@ -211,6 +220,8 @@ def arm() -> None:
         wrap(job, "make_stepper", lambda *_a, **_k: due() and strike())
     elif place == "save":
         wrap(checkpoint, "write_tensors", lambda path, _s: f"{AT:08d}" in path.name and due() and strike())
+    elif place == "epoch":
+        wrap(loop.Loop, "save", at_end_of_epoch)
     elif place == "rename":
         replace = Path.replace
 

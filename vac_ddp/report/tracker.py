@@ -100,8 +100,12 @@ class Tracker:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
 
-    def rewind(self, step: int) -> int:
-        """Move the lines behind `step` to metrics.discarded.jsonl; returns how many. For a run that is resumed."""
+    def rewind(self, step: int, epoch: int) -> int:
+        """Move the lines behind `step`, and those of epochs after `epoch`, to metrics.discarded.jsonl; how many.
+
+        For a run that is resumed there. The end of an epoch has the number of its last step: a run that was killed
+        between its line and its checkpoint has that line still to write.
+        """
         if self.folder is None or self._metrics is None:
             return 0
         path = self.folder / "metrics.jsonl"
@@ -111,7 +115,10 @@ class Tracker:
             line, problem = metrics_line(text)
             if line is None:
                 self.say(f"{path} line {number}: {problem}; moved to metrics.discarded.jsonl")
-            (kept if line is not None and line["step"] <= step else behind).append(text)
+            stays = (
+                line is not None and line["step"] <= step and not (line["kind"] == "epoch" and line["epoch"] > epoch)
+            )
+            (kept if stays else behind).append(text)
         if behind:
             discarded = self.folder / "metrics.discarded.jsonl"
             earlier = discarded.read_bytes() if discarded.exists() else b""
