@@ -117,6 +117,8 @@ def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
         with whole_folder(tmp_path / f"d{name[1:]}") as folder:
             (folder / "file").write_text("text")
     assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(WriteError, match="File name too long"), whole_folder(tmp_path / ("d" * 256)):
+        pass
 
 
 # ---------------------------------------------------------------- folders

@@ -252,6 +252,11 @@ LOGITS: dict[str, tuple[Change, str]] = {
     "two dimensions": (lambda a: {**a, "logits": a["logits"][:, 0]}, "logits: expected the shape"),
     "fewer ids": (lambda a: {**a, "ids": a["ids"][:-1]}, "ids: expected the shape"),
     "an id twice": (lambda a: {**a, "ids": a["ids"][[0] * len(a["ids"])]}, "ids: expected different names"),
+    "ids that are written alike": (
+        lambda a: {**a, "ids": np.array(["a\n", "a\\n", *a["ids"][2:]])},
+        "ids: expected different names",
+    ),
+    "no views": (lambda a: {**a, "logits": a["logits"][:, :0], "views": a["views"][:0]}, "views: expected at least"),
     "a label too high": (lambda a: {**a, "labels": a["labels"] + 99}, "labels: expected numbers below"),
     "a label too low": (lambda a: {**a, "labels": a["labels"] - 99}, "labels: expected values from -1"),
     "views of two columns": (lambda a: {**a, "views": a["views"][:, :2]}, "views: expected the shape"),

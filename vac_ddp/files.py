@@ -101,9 +101,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
     folder takes the name. What killed writers of `out` left is removed. Raises WriteError where the disk is full, or
     as `write_atomic` does.
     """
-    there = out.is_dir()
-    partial = (out if there else out.parent) / _partial_folder_name(out.name)
     with _writing(out):
+        there = out.is_dir()
+        partial = (out if there else out.parent) / _partial_folder_name(out.name)
         sweep_folders(partial.parent, out.name)
         partial.mkdir(parents=True)
         try:

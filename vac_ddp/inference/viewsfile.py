@@ -121,10 +121,12 @@ def read_views(path: str | Path) -> Views:
     classes, ids, sources = (
         [printable(name) for name in values[part].tolist()] for part in ("classes", "ids", "sources")
     )
+    if not len(values["views"]):
+        raise mismatch(path, "views", "at least one view", "none", _REMEDY)
     if values["labels"].size and values["labels"].max() >= len(classes):
         raise mismatch(path, "labels", f"numbers below {len(classes)}", str(values["labels"].max()), _REMEDY)
-    for name in ("ids", "classes"):
-        if len(set(values[name].tolist())) < len(values[name]):
+    for name, texts in (("ids", ids), ("classes", classes)):
+        if len(set(texts)) < len(texts):
             raise mismatch(path, name, "different names", "one twice", _REMEDY)
     return Views(
         logits=values["logits"],
