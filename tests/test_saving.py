@@ -183,3 +183,13 @@ def test_lines_go_to_the_path_not_to_a_removed_file(tmp_path: Path) -> None:
     path.parent.mkdir()
     lines.close()
     assert lines.error is None and path.read_text() == "four\nfive\n"
+
+
+def test_a_save_names_its_step_and_any_error(tmp_path: Path) -> None:
+    writer = checkpoint.Writer(tmp_path / "checkpoints", keep=2)
+    writer.start(7, {"model": lambda: None}, {}, best=None)  # what torch.save cannot pickle
+    saved = writer.join()
+    assert saved is not None
+    assert saved.step == 7
+    assert "lambda" in (saved.error or "")
+    assert checkpoint.numbered(tmp_path / "checkpoints") == []

@@ -157,14 +157,17 @@ def attempt(action: Callable[[], Any]) -> str | None:
     """Do something that writes; the reason in words where that fails."""
     try:
         action()
-    except (OSError, RuntimeError) as problem:
+    except Exception as problem:  # in a thread, where nobody else would say which save it was
         return reason(problem)
     return None
 
 
-def reason(problem: OSError | RuntimeError) -> str:
+def reason(problem: Exception) -> str:
     """Why a file could not be written. torch.save turns a failed write into a RuntimeError of its own."""
-    return (isinstance(problem, OSError) and problem.strerror) or " ".join(str(problem).split())[:200]
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    text = " ".join(str(problem).split())[:200]
+    return text if isinstance(problem, OSError | RuntimeError) else f"{type(problem).__name__}: {text}"
 
 
 @dataclass(kw_only=True)
