@@ -137,3 +137,10 @@ def test_mutated_lists_and_samples_are_read_or_refused_in_one_line(root: Path, t
     counted = mutate.try_samples(tmp_path, count=1000, rng=np.random.default_rng(2))
     assert counted["read"] > 50
     assert counted["refused"] > 50
+
+
+@pytest.mark.parametrize("header", ["path,label,path", "path,label,Label"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "list.csv").write_text(f"{header}\na/v0,a,b\n")
+    with pytest.raises(UserError, match=f"column {header.split(',')[2].lower()} twice"):
+        open_index(str(tmp_path / "list.csv"), labelled=True, settings=DataSettings(cache=str(tmp_path / "cache")))

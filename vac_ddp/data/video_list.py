@@ -170,6 +170,8 @@ def _by_header(rows: list[Row], path: Path) -> VideoList | None:
         header=rows[0],
     )
     if place == PATH and label in (LABEL, None):
+        if twice := [name for name in (PATH, LABEL) if names.count(name) > 1]:
+            raise UserError(f"{path} has the column {twice[0]} twice: leave one of them")
         return found
     if not _some_exist(found) or _exists(path, rows[0].fields[found.path_column]):
         return None
