@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def test_hostile_yaml_is_refused_in_one_line(
     content: str | bytes, said: str, refused_file: Callable[[str | bytes], str]
 ) -> None:
     assert said in refused_file(content)
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000])
+def test_what_is_nested_too_deeply_does_not_depend_on_the_stack(
+    limit: int, refused_file: Callable[[str | bytes], str]
+) -> None:
+    """Other libraries raise Python's limit."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try:
+        assert "nested too deeply" in refused_file("seed: " + "[" * 500 + "]" * 500)
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_text_is_text_whatever_yaml_would_make_of_it(tmp_path: Path) -> None:

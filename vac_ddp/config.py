@@ -27,6 +27,7 @@ PACKAGE = Path(__file__).resolve().parent
 PRESETS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, repository
 
 FILE_BYTES = 1 << 20  # of a settings file: what is larger was not written as one
+DEEPEST = 150  # levels of lists and groups in it, whatever the limit of Python; no setting has more than three
 NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 CONTENT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1
@@ -128,7 +129,18 @@ def _load_yaml(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Knows no other tags, and refuses a name that is given twice."""
+        """Knows no other tags, and refuses a name that is given twice, and what is nested too deeply."""
+
+        depth = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            self.depth += 1
+            if self.depth > DEEPEST:
+                raise yaml.composer.ComposerError(problem="it is nested too deeply")
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
@@ -151,8 +163,6 @@ def _load_yaml(path: Path) -> Any:
         raise UserError(f"{path} holds no settings: it is larger than {FILE_BYTES >> 20} MiB")
     try:
         return yaml.load(content, Loader)
-    except RecursionError:
-        raise UserError(f"{path} cannot be read as YAML: it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from error
 

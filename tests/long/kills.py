@@ -190,6 +190,7 @@ class Training:
 
         until(lambda: self.ended() or there(), f"{kill.victim} is not there, see {self.log}")
         if self.ended():
+            kill.delay_s /= 2  # it would have come after the end: sooner in the next training
             return False
         with contextlib.suppress(ProcessLookupError):
             os.kill(random.Random(kill.delay_s).choice(found[kill.victim]), signal.SIGKILL)
