@@ -176,9 +176,9 @@ def test_memory_that_is_freed_stays_and_costs_no_page_faults(count: int) -> None
 
     if count == 1 and not measured("asked"):
         pytest.skip("this C library maps every tensor above 32 MiB: no setting changes that")
-    plain, kept = measured("plain"), measured("kept")
-    assert plain > 8  # pages of 4 KiB or 2 MiB, in each of 8 turns
-    assert kept < plain / 20
+    assert measured("kept") < 8  # of the 8 turns that count, none maps its 128 MiB anew: 64 pages of 2 MiB at least
+    if count == 1:  # several smaller tensors glibc may keep by itself, depending on what else was allocated
+        assert measured("plain") >= 8 * 64
 
 
 # ---------------------------------------------------------------- runs
