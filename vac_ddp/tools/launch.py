@@ -18,6 +18,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from vac_ddp import checks, config, errors, files
 from vac_ddp.errors import Stopped, UserError
@@ -79,17 +80,17 @@ def save_time_words(seconds: int) -> list[str]:
     words = [f"--shutdown-timeout={seconds}"]
     if not get_args_parser().parse_known_args([*words, "program"])[1]:
         return words
-    _say_short_time()
+    _say_short_time(sys.stderr)  # the words go to stdout, to a script
     return []
 
 
-def _say_short_time() -> None:
+def _say_short_time(stream: TextIO) -> None:
     import torch
 
     print(
         f"vac: torch {torch.__version__} kills ranks 30 s after a signal, however long they save (its torchrun has no "
         "--shutdown-timeout): checkpoint.before_end_s and checkpoint.every_minutes save earlier",
-        file=sys.stderr,
+        file=stream,
         flush=True,
     )
 
@@ -98,7 +99,7 @@ def _save_time(launch_config: type) -> dict[str, int]:
     """As `save_time_words`, for torchrun's agent in this process."""
     if "shutdown_timeout" in {field.name for field in dataclasses.fields(launch_config)}:
         return {"shutdown_timeout": SAVE_TIME_S}
-    _say_short_time()
+    _say_short_time(sys.stdout)  # stderr is for the one line of an error
     return {}
 
 
