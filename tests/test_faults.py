@@ -314,7 +314,7 @@ def test_15_figures_of_one_process_for_any_sizes(place: Workplace) -> None:
         for name in folder.iterdir():
             if not any(name.iterdir()):
                 name.rmdir()
-    words = ["train.max_steps=1", "train.global_batch=3"]
+    words = ["train.max_steps=1", "train.global_batch=4"]
     found = {n: repeats(place, "validations", f"val{n}.jsonl", f"val{n}", *words, ranks=n) for n in (1, 4)}
     assert [line["size"] for line in found[1]] == [1, 2, 3, 5, 7]
     for one, four in zip(found[1], found[4], strict=True):
