@@ -1,4 +1,4 @@
-"""What a file is that was taken for an image, by its first bytes: a git-lfs pointer, a web page, an archive."""
+"""What a file that does not decode as an image is, by its first bytes: a git-lfs pointer, a web page, an archive."""
 
 from __future__ import annotations
 

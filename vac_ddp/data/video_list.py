@@ -112,7 +112,7 @@ def open_list(path: Path) -> VideoList:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     text, encoding = decode_text(data, path)
     if "\0" in text:
-        raise UserError(f"{path} has zero bytes in it and is no list: expected lines with {PATH},{LABEL}")
+        raise UserError(f"{path} has zero bytes in it and is not a list: expected lines with {PATH},{LABEL}")
     found = _columns(text, path)
     if not encoding and not _some_exist(found, odd=True):
         western = _columns(data.decode("cp1252", "replace"), path)  # what spreadsheets write in the west
@@ -138,7 +138,7 @@ def _columns(text: str, path: Path) -> VideoList:
     for readings in (tables, _by_blanks(text)):
         readable = [found for rows in readings if (found := _without_header(rows, path)) is not None]
         if len(readable) == 1:
-            readable[0].notes.append("it has no header: its columns were told by the folders they name")
+            readable[0].notes.append("it has no header: its columns were inferred from the folders they name")
             return readable[0]
     return _nothing_told(tables[0], path)
 
@@ -175,8 +175,8 @@ def _by_header(rows: list[Row], path: Path) -> VideoList | None:
         return found
     if not _some_exist(found) or _exists(path, rows[0].fields[found.path_column]):
         return None
-    found.notes.append(f"its columns {place} and {label} are taken for {PATH} and {LABEL}" if label else
-                       f"its column {place} is taken for {PATH}")  # fmt: skip
+    found.notes.append(f"its columns {place} and {label} are used as {PATH} and {LABEL}" if label else
+                       f"its column {place} is used as {PATH}")  # fmt: skip
     return found
 
 

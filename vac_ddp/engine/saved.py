@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before a run goes on from it: its declared content, and tensors that fit the model."""
+"""What a checkpoint must hold before a run resumes from it: its declared content, and tensors that fit the model."""
 
 from __future__ import annotations
 
