@@ -33,7 +33,7 @@ done
 missing=$("$python" - <<'PY'
 import importlib.util as find
 names = {"torch": "torch", "torchvision": "torchvision", "transformers": "transformers", "accelerate": "accelerate",
-         "simplejpeg": "simplejpeg", "omegaconf": "omegaconf", "PIL": "pillow", "matplotlib": "matplotlib",
+         "simplejpeg": "simplejpeg", "yaml": "pyyaml", "PIL": "pillow", "matplotlib": "matplotlib",
          "timm": "timm", "pytest": "pytest", "safetensors": "safetensors"}
 print(*[package for name, package in names.items() if find.find_spec(name) is None])
 PY

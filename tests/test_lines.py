@@ -66,10 +66,10 @@ def test_a_disk_without_room_for_the_lines_that_go_keeps_them_where_they_are(tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(UserError, match="File too large"):
-            tracker.rewind(3)
+            tracker.rewind(3, epoch=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (metrics.read_bytes(), discarded.read_bytes()) == before
-    assert tracker.rewind(3) == 5
+    assert tracker.rewind(3, epoch=1) == 5
     tracker.close(0)
     assert discarded.read_bytes() == before[1] + before[0][-5 * 29 :]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from vac_ddp.data import processes
@@ -55,6 +58,29 @@ def test_nothing_is_left_open() -> None:
     assert child.exitcode == 0
     child.close()
     assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_signals_before_a_process_is_set_up_do_not_end_it() -> None:
+    """SLURM signals every process of a job; torch sets a handler that ends a loader process, before our set-up runs."""
+    context = processes.LoaderContext()
+    reading, writing = context.Pipe(duplex=False)
+    child = context.Process(target=_signal_early, args=(writing,))
+    child.start()
+    writing.close()
+    assert reading.recv() == "set up"
+    child.join()
+    assert child.exitcode == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # nothing stays blocked in this process
+
+
+def _signal_early(said: Connection) -> None:
+    torch.utils.data._utils.signal_handling._set_worker_signal_handlers()
+    for number in processes.IGNORED_SIGNALS:
+        os.kill(os.getpid(), number)
+    processes.ignore_signals()
+    for number in processes.IGNORED_SIGNALS:
+        os.kill(os.getpid(), number)
+    said.send("set up")
 
 
 def test_the_loader_takes_the_context() -> None:

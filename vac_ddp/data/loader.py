@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from vac_ddp.data.batch import Batch, TestBatch
 from vac_ddp.data.dataset import TestViews, TrainClips, damage_line
-from vac_ddp.data.processes import LoaderContext
+from vac_ddp.data.processes import LoaderContext, ignore_signals
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
@@ -26,15 +26,13 @@ from vac_ddp.settings import ClipSettings
 
 FILE_BYTES = 1 << 19  # of a large frame; a 1280x720 JPEG of quality 90 takes 200 KB
 NAMED = 50  # videos with damaged frames that a rank names one by one
-IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def start_worker(worker: int, *, slots: Slots) -> None:
     """Set up a loader process: its rank decides when it ends, not a signal to the process group; one thread."""
     use_slots(slots, worker)
     signal.set_wakeup_fd(-1)  # of the rank that was forked
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     _die_with_parent()
     torch.set_num_threads(1)
 

@@ -15,14 +15,30 @@ import select
 import signal
 from typing import Any
 
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FIRST_WAIT_S = 5.0  # doubled with every try: a busy machine is no reason to give up
 TRIES = 5
+
+
+def ignore_signals() -> None:
+    """Let this loader process live on whatever signal its process group gets: its rank decides when it ends."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
 
 class _Popen(multiprocessing.popen_fork.Popen):
     """A forked child that has said that it runs Python again."""
 
     def _launch(self, process_obj: LoaderProcess) -> None:
+        # Held back in the child until `ignore_signals`: SLURM signals every process of a job, also one that begins.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+        try:
+            self._fork(process_obj)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _fork(self, process_obj: LoaderProcess) -> None:
         for attempt in range(TRIES):
             reading, writing = os.pipe()
             process_obj.began = (reading, writing)
