@@ -21,12 +21,12 @@ from vac_ddp.data.batch import Batch
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.sampler import Key
-from vac_ddp.engine.meters import Meters
-from vac_ddp.engine.step import Stepper
 from vac_ddp.files import write_json, write_text
-from vac_ddp.job_model import Resumed, make_stepper
 from vac_ddp.models import Loaded, load_model
 from vac_ddp.settings import Config, DataSettings
+from vac_ddp.training.meters import Meters
+from vac_ddp.training.model_setup import Resumed, make_stepper
+from vac_ddp.training.step import Stepper
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = [f"class{i}" for i in range(51)]

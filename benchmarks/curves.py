@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.common import about_line, arguments, device_of, machine, table, write
 from vac_ddp import config as settings_io
-from vac_ddp import distributed, job
 from vac_ddp.errors import DONE, FINDINGS
+from vac_ddp.runtime import distributed
+from vac_ddp.training import job
 
 LIKE_A_GPU = ["train.compile=true", "train.precision=bf16", "optim.fused=true"]
 CHANGES = {

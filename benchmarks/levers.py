@@ -44,9 +44,9 @@ from benchmarks.common import (
 from vac_ddp.data.batch import Batch
 from vac_ddp.data.loader import to_device, train_loader
 from vac_ddp.data.sampler import StepSampler
-from vac_ddp.engine.meters import collected_by_hand, keep_freed_memory
 from vac_ddp.errors import DONE
 from vac_ddp.settings import Config
+from vac_ddp.training.meters import collected_by_hand, keep_freed_memory
 
 Run = Callable[[Stopwatch], float]
 

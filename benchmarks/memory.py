@@ -16,10 +16,10 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.common import CLASSES, about_line, arguments, device_of, machine, settings_for, table, write
-from vac_ddp.engine.meters import GIB, peak_memory
-from vac_ddp.engine.optim import make_groups, make_optimizer
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.models import build_model
+from vac_ddp.training.meters import GIB, peak_memory
+from vac_ddp.training.optimization import make_groups, make_optimizer
 
 BATCH = 32
 CASES = [  # size, frames, whether all blocks are checkpointed

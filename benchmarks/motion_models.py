@@ -172,7 +172,16 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         data = work / "directions"
         videos = str(options.videos_per_class)
-        call("vac_ddp.tools.synth", data, "--set", "directions", "--videos-per-class", videos, "--test-per-class", "30")
+        call(
+            "vac_ddp.commands.synth_command",
+            data,
+            "--set",
+            "directions",
+            "--videos-per-class",
+            videos,
+            "--test-per-class",
+            "30",
+        )
         models = [measure(name, data, work, options.epochs) for name in options.models]
         facts = read_json(data / "synth.json")
     result = {

@@ -24,9 +24,9 @@ from transformers import (
 
 from benchmarks.common import CLASSES, Stopwatch
 from benchmarks.loader import Clip, notebook_clip
-from vac_ddp.models.names import to_hf
+from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD
+from vac_ddp.models.tensor_names import to_hf
 from vac_ddp.models.videomae import VideoMAE
-from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD
 
 logging.set_verbosity_error()
 

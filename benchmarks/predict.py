@@ -43,18 +43,18 @@ from benchmarks.common import (
 )
 from vac_ddp.data import frames
 from vac_ddp.data.augment import normalise
+from vac_ddp.data.clip_sampling import test_windows
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
-from vac_ddp.data.sampling import test_windows
-from vac_ddp.engine.meters import clip_flops, matmul_rate
 from vac_ddp.errors import DONE, FINDINGS
-from vac_ddp.inference.forward import Scorer, _Stream
-from vac_ddp.inference.run import Task, predict_views
-from vac_ddp.inference.views import video_costs, view_table
-from vac_ddp.inference.viewsfile import ViewsHead
 from vac_ddp.models import load_model
-from vac_ddp.prediction import prepare
+from vac_ddp.predicting.all_videos import Task, predict_views
+from vac_ddp.predicting.prediction import prepare
+from vac_ddp.results.logits_file import ViewsHead
+from vac_ddp.scoring.forward import Scorer, _Stream
+from vac_ddp.scoring.views import video_costs, view_table
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
+from vac_ddp.training.meters import clip_flops, matmul_rate
 
 OURS, OURS_COMPILED = "vac_ddp, not compiled", "vac_ddp"
 HF, HF_BYTES, HF_COMPILED = "HF", "HF, from the same bytes", "HF, torch.compile"

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks.loader import facts
-from vac_ddp import config, distributed, job
-from vac_ddp.engine import health
-from vac_ddp.engine.loop import Loop
-from vac_ddp.tools import synth
+from vac_ddp import config
+from vac_ddp.commands import synth_command
+from vac_ddp.runtime import distributed
+from vac_ddp.training import health, job
+from vac_ddp.training.loop import Loop
 
 RESULTS = Path(__file__).parent / "results" / "safety"
 SAVE_EVERY = 5
@@ -101,7 +102,7 @@ def main() -> None:
     distributed.start(device, timeout_s=120)
     folder = Path(distributed.broadcast_object(tempfile.mkdtemp() if distributed.is_main() else None))
     if distributed.is_main():
-        synth.main([str(folder / "data"), "--videos-per-class", "16", "--test-per-class", "1"])
+        synth_command.main([str(folder / "data"), "--videos-per-class", "16", "--test-per-class", "1"])
     distributed.barrier()
     words = [*WORDS, f"data.train={folder / 'data' / 'data_train'}", f"run.dir={folder / 'run'}"]
     words += [f"data.cache={folder / 'cache'}", f"checkpoint.every_steps={SAVE_EVERY}"]

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import SMALL, about_line, arguments, machine, our_training, settings_for, table, write
-from vac_ddp import distributed
 from vac_ddp.data.batch import Batch
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.sampler import Key
 from vac_ddp.errors import DONE
 from vac_ddp.models import build_model
+from vac_ddp.runtime import distributed
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 MODEL = [

@@ -44,14 +44,15 @@ from benchmarks.common import (
 )
 from benchmarks.loader import planned_clips
 from vac_ddp import config as settings_io
-from vac_ddp import distributed, job
 from vac_ddp.data.batch import Batch
 from vac_ddp.data.index import Index
 from vac_ddp.data.loader import to_device, train_loader
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.files import read_json
+from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
+from vac_ddp.training import job
 
 OURS, EAGER = "vac_ddp", "vac_ddp, not compiled"
 HF_BYTES = "HF Trainer, best settings, from the same bytes"

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import about_line, arguments, machine, table, write
-from vac_ddp.data.video import VideoFile
+from vac_ddp.data.video_reader import VideoFile
 from vac_ddp.errors import UserError
 
 FRAMES, STRIDE = 16, 4

@@ -32,9 +32,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run from a clone that is not installed
 
 from vac_ddp import errors, files  # noqa: E402
+from vac_ddp.commands import train_command as local_launch  # noqa: E402
 from vac_ddp.errors import UserError  # noqa: E402
-from vac_ddp.ranks import restarts  # noqa: E402
-from vac_ddp.tools import launch as local_launch  # noqa: E402
+from vac_ddp.runtime.ranks import restarts  # noqa: E402
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NEVER = 10**6  # time-outs that submitit allows: --attempts is the limit, and counts preemptions as well
@@ -215,15 +215,15 @@ def _run_dir(words: list[str]) -> Path:
 
 
 def _kfold(options: argparse.Namespace, module: str, words: list[str], base: Path) -> Plan:
-    from vac_ddp.tools import ensemble
+    from vac_ddp.commands import ensemble_command
 
     if not options.folds:
         raise UserError("kfold needs --folds K, and a test folder in --data")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     jobs = []
-    for member in ensemble.plan(base, folds=options.folds, seeds=seeds):
+    for member in ensemble_command.plan(base, folds=options.folds, seeds=seeds):
         predict = ["--", "--run", str(member.folder)]
-        out = str(ensemble.prediction_folder(member, options.data))
+        out = str(ensemble_command.prediction_folder(member, options.data))
         commands = [(module, [*words, *member.words]), ("vac_ddp.predict", [*predict, "--part", "val"])]
         jobs.append([*commands, ("vac_ddp.predict", [*predict, "--data", options.data, "--out", out])])
     how = ["--score-only", "--folds", str(options.folds), "--seeds", options.seeds, "--data", options.data]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from tests.test_index import tree
+from vac_ddp.commands.pack_command import pack
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
 from vac_ddp.files import sha256
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools.pack import pack
 
 VALUES = (None, True, -1, 0, 1, 3, 255, 10**15, 2**62, 2**64, 1.5, float("nan"), "", "x", "../x", "/etc/passwd")
 VALUES += ("a\0b", "shard-00000.bin", [], {}, [1], {"file": "x"})

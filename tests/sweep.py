@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from tests.runs import make_videos
-from vac_ddp import checks, config, job
+from vac_ddp import checks, config
 from vac_ddp.errors import UserError
-from vac_ddp.job_model import check_grammar
 from vac_ddp.settings import Config
+from vac_ddp.training import job
+from vac_ddp.training.model_setup import check_grammar
 
 VALUES = ("-1", "0", "1", "1e30", "nan", "inf", "")
 TINY = (

@@ -13,7 +13,7 @@ import pytest
 from tests.runs import Workplace
 from tests.support import REPO, environment
 from vac_ddp import files
-from vac_ddp.engine.signals import StopRequest, end_of_allocation, save_by
+from vac_ddp.runtime.signals import StopRequest, end_of_allocation, save_by
 
 
 def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str, *, job: str) -> None:

@@ -15,16 +15,16 @@ from PIL import Image
 
 from tests.runs import TINY
 from tests.support import environment
-from vac_ddp import audio
+from vac_ddp.audio import spectrogram
+from vac_ddp.commands import audio_command as command
+from vac_ddp.commands import score_command
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import Findings, UserError
-from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.results.logits_file import read_views
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools import audio as command
-from vac_ddp.tools import score
 
 
-def write_wav(path: Path, samples: np.ndarray, *, rate: int = audio.RATE) -> None:
+def write_wav(path: Path, samples: np.ndarray, *, rate: int = spectrogram.RATE) -> None:
     """samples: (n,) or (n, channels) int16."""
     with wave.open(str(path), "wb") as sound:
         sound.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
@@ -34,7 +34,7 @@ def write_wav(path: Path, samples: np.ndarray, *, rate: int = audio.RATE) -> Non
 
 
 def tone(hertz: float, rng: np.random.Generator, seconds: float = 1.5) -> np.ndarray:
-    time = np.arange(int(seconds * audio.RATE)) / audio.RATE
+    time = np.arange(int(seconds * spectrogram.RATE)) / spectrogram.RATE
     sound = 6000 * np.sin(2 * np.pi * (hertz * time + rng.random())) + 1500 * rng.normal(size=len(time))
     return sound.astype(np.int16)
 
@@ -55,7 +55,7 @@ def test_spectrograms_are_those_of_the_library() -> None:
         mel_floor=1e-10,
         log_mel="log10",
     )
-    found = audio.log_mel(torch.from_numpy(samples)[None], 64)[0]
+    found = spectrogram.log_mel(torch.from_numpy(samples)[None], 64)[0]
     assert found.shape == (64, 51)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
@@ -64,12 +64,12 @@ def test_windows_are_read_from_where_they_begin_and_end_in_silence(tmp_path: Pat
     samples = np.arange(1000, dtype=np.int16)
     write_wav(tmp_path / "mono.wav", samples)
     write_wav(tmp_path / "stereo.wav", np.stack([samples, samples + 2], axis=1))
-    assert audio.read_window(tmp_path / "mono.wav", 990, 20).tolist() == [*range(990, 1000), *[0] * 10]
-    assert audio.read_window(tmp_path / "stereo.wav", 5, 3).tolist() == [6, 7, 8]
-    assert audio.sound_length(tmp_path / "stereo.wav") == 1000
-    assert audio.sound_length(tmp_path / "none.wav") == 0
-    assert audio.window_starts(1000, 400, 3) == [0, 300, 600] and audio.window_starts(1000, 400, 1) == [300]
-    assert audio.window_starts(100, 400, 2) == [0, 0]
+    assert spectrogram.read_window(tmp_path / "mono.wav", 990, 20).tolist() == [*range(990, 1000), *[0] * 10]
+    assert spectrogram.read_window(tmp_path / "stereo.wav", 5, 3).tolist() == [6, 7, 8]
+    assert spectrogram.sound_length(tmp_path / "stereo.wav") == 1000
+    assert spectrogram.sound_length(tmp_path / "none.wav") == 0
+    assert spectrogram.window_starts(1000, 400, 3) == [0, 300, 600] and spectrogram.window_starts(1000, 400, 1) == [300]
+    assert spectrogram.window_starts(100, 400, 2) == [0, 0]
 
 
 def test_sounds_that_cannot_be_used_say_why(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_sounds_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     (tmp_path / "bad.wav").write_bytes(b"RIFF" + bytes(3))
     for name, said in (("fast.wav", "44100 Hz"), ("bad.wav", "no whole WAV")):
         with pytest.raises(ValueError, match=said):
-            audio.sound_length(tmp_path / name)
+            spectrogram.sound_length(tmp_path / name)
 
 
 def test_masks_hide_a_fifth_at_most_and_go_by_their_generator() -> None:
     pictures = torch.ones(2, 40, 100)
-    first, again = (audio.mask(pictures, [np.random.default_rng(i) for i in (1, 2)]) for _ in range(2))
+    first, again = (spectrogram.mask(pictures, [np.random.default_rng(i) for i in (1, 2)]) for _ in range(2))
     assert torch.equal(first, again) and not torch.equal(first[0], first[1])
     for one in first:
         rows, columns = int((one == 0).all(1).sum()), int((one == 0).all(0).sum())
@@ -92,14 +92,14 @@ def test_masks_hide_a_fifth_at_most_and_go_by_their_generator() -> None:
 
 @pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
 def test_any_backbone_takes_a_spectrogram_and_its_seed(backbone: str) -> None:
-    settings = audio.SoundSettings(seconds=1.3, mels=32, backbone=backbone)
+    settings = spectrogram.SoundSettings(seconds=1.3, mels=32, backbone=backbone)
     samples = torch.randint(-3000, 3000, (2, settings.samples), dtype=torch.int16)
-    a, b = (audio.SoundModel(settings, 5, seed=3).eval() for _ in range(2))
+    a, b = (spectrogram.SoundModel(settings, 5, seed=3).eval() for _ in range(2))
     assert a.spectrograms(samples).shape == (2, 32, settings.columns) and settings.columns % 32 == 0
     assert a(samples).shape == (2, 5)
     assert torch.equal(a(samples), b(samples))
     with pytest.raises(UserError, match="near: resnet"):
-        audio.SoundModel(audio.SoundSettings(backbone="resnet18x"), 5, seed=0)
+        spectrogram.SoundModel(spectrogram.SoundSettings(backbone="resnet18x"), 5, seed=0)
 
 
 def make_set(folder: Path, videos: int, seed: int) -> Path:
@@ -114,7 +114,7 @@ def make_set(folder: Path, videos: int, seed: int) -> Path:
                 pixels = rng.random((32, 32, 3)) * 60 + np.eye(3)[colour] * 150
                 Image.fromarray(pixels.astype(np.uint8)).save(video / f"{frame + 1:04d}.jpg")
             if number % 4 or hertz != 700:
-                write_wav(video / audio.NAME, tone(hertz, rng))
+                write_wav(video / spectrogram.NAME, tone(hertz, rng))
     return folder
 
 
@@ -133,7 +133,7 @@ def test_the_seed_decides_and_without_validation_only_the_test_part_is_predicted
 
 def test_picture_and_sound_together_beat_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = make_set(tmp_path / "data_train", 12, 0), make_set(tmp_path / "data_test", 6, 1)
-    (test / "low" / "v00" / audio.NAME).write_bytes(b"RIFF")
+    (test / "low" / "v00" / spectrogram.NAME).write_bytes(b"RIFF")
     (tmp_path / "tiny.yaml").write_text(TINY)
     run, out, cache = tmp_path / "run", tmp_path / "sound", f"data.cache={tmp_path / 'cache'}"
     assert not any("strange" in note or "left alone" in note for note in _notes(train, tmp_path / "cache"))
@@ -159,7 +159,7 @@ def test_picture_and_sound_together_beat_both(tmp_path: Path, capsys: pytest.Cap
     validation = [str(picture / "val"), str(out / "val")]
     words = ["--fit", *validation, "--temperature-from", *validation, "--out", str(fused)]
     capsys.readouterr()
-    score.main([str(picture / "data_test"), str(out / "test"), *words])
+    score_command.main([str(picture / "data_test"), str(out / "test"), *words])
     said = capsys.readouterr()
     assert "was made of" not in said.err  # both views files are known to be of the same videos
     both = json.loads((fused / "metrics.json").read_text())["top1"]
@@ -188,11 +188,11 @@ def test_sounds_that_cannot_be_used_are_the_first_reason(tmp_path: Path) -> None
     for name in ("a/1", "a/2", "b/1", "b/2"):
         (root / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(root / name / "1.png")
-        write_wav(root / name / audio.NAME, np.zeros(100, np.int16), rate=44100)
+        write_wav(root / name / spectrogram.NAME, np.zeros(100, np.int16), rate=44100)
     words = [str(root), "--out", str(tmp_path / "o"), f"data.cache={tmp_path}"]
     with pytest.raises(UserError, match=r"^4 of 4 sounds cannot be used, .*16 bits at 44100 Hz, expected 16 bits at"):
         command.main(words)
-    for sound in root.rglob(audio.NAME):
+    for sound in root.rglob(spectrogram.NAME):
         sound.unlink()
     with pytest.raises(UserError, match=r"^fewer than two classes .*vac extract --audio"):
         command.main(words)

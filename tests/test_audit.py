@@ -10,12 +10,12 @@ from PIL import Image
 
 from tests.support import shared
 from vac_ddp import cli
-from vac_ddp.data.duplicates import THRESHOLD, Hashes, collect, hash_frame, near_pairs, sampled
-from vac_ddp.data.giveaway import nearest_neighbour
+from vac_ddp.audit.duplicates import THRESHOLD, Hashes, collect, hash_frame, near_pairs, sampled
+from vac_ddp.audit.shortcuts import nearest_neighbour
+from vac_ddp.commands.audit_command import look_at, main
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools.audit import look_at, main
 
 
 def picture(seed: int, shift: int = 0, height: int = 72, width: int = 96) -> np.ndarray:
@@ -274,7 +274,7 @@ def test_bad_words_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_packed_set_is_audited_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vac_ddp.tools.pack import pack
+    from vac_ddp.commands.pack_command import pack
 
     root = clean(tmp_path / "d")
     (root / "run/ra_0/0005.jpg").write_bytes(b"x")
@@ -307,7 +307,7 @@ def test_the_hash_is_the_sign_of_the_low_frequencies() -> None:
 
 @pytest.mark.parametrize("block", [1 << 22, 200])
 def test_pairs_against_a_plain_double_loop(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("vac_ddp.data.duplicates._BLOCK", block)
+    monkeypatch.setattr("vac_ddp.audit.duplicates._BLOCK", block)
     rng = np.random.default_rng(0)
     clips = [[(int(a), int(b)) for a, b in rng.integers(0, 2**63, (rng.integers(1, 9), 2))] for _ in range(30)]
     clips[4] = []

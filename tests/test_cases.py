@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 
 from tests.support import REPO, environment, ffmpeg_program, shared
-from vac_ddp import prediction
+from vac_ddp.commands import extract_command
 from vac_ddp.data.index import open_index
-from vac_ddp.data.video import DamagedVideo, VideoFile
+from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
-from vac_ddp.inference.viewsfile import read_views
-from vac_ddp.models.sources import open_source
+from vac_ddp.models.weight_files import open_source
+from vac_ddp.predicting import prediction
+from vac_ddp.results.logits_file import read_views
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools import extract
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def run_script(script: Path, *arguments: str) -> None:
 def extracted(case: Path, out: Path, *options: str) -> dict[str, list[Path]]:
     """`vac extract case/videos out` without a finding: the frames of each video."""
     pytest.importorskip("av", reason="vac extract needs PyAV")
-    assert extract.main([str(case / "videos"), str(out), "--workers", "0", *options]) == 0
+    assert extract_command.main([str(case / "videos"), str(out), "--workers", "0", *options]) == 0
     found: dict[str, list[Path]] = {}
     for path in sorted(out.rglob("*.jpg")):
         found.setdefault(str(path.parent.relative_to(out)), []).append(path)

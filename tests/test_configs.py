@@ -12,13 +12,13 @@ import torch
 
 from tests.support import REPO
 from vac_ddp import config
-from vac_ddp.data import sampling
+from vac_ddp.data import clip_sampling
 from vac_ddp.data.augment import augment_clips, draw_parameters
-from vac_ddp.data.sources import find_sources
-from vac_ddp.engine.optim import make_groups
-from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_lr
+from vac_ddp.data.grouping import find_sources
 from vac_ddp.models import build_model
 from vac_ddp.settings import Config
+from vac_ddp.training.lr_schedule import count_warmup_steps, learning_rate, resolve_lr
+from vac_ddp.training.optimization import make_groups
 
 PRESETS = sorted((REPO / "configs").glob("*.yaml"))
 ISSUE = {"notebook", "hmdb51_videomae_base", "ucf101_videomae_base", "ssv2_videomae_base", "scratch_small"}
@@ -47,9 +47,9 @@ def test_preset_builds_and_takes_a_step(path: Path) -> None:
     c = read(path.stem)
     rng = np.random.default_rng(0)
     for n_frames in (1, 24, 300):
-        frames = sampling.train_frames(n_frames, c.clip, rng)
+        frames = clip_sampling.train_frames(n_frames, c.clip, rng)
         assert frames.shape == (c.clip.frames,)
-        windows = sampling.test_windows(n_frames, c.clip, c.predict.views)
+        windows = clip_sampling.test_windows(n_frames, c.clip, c.predict.views)
         assert windows.shape[1] == c.clip.frames
         assert (windows >= 0).all()
         assert (windows < n_frames).all()

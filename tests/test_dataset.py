@@ -19,6 +19,7 @@ from tests.frame_data import MemoryVideos, cut_out, jpeg, write_video
 from tests.support import REPO, environment
 from vac_ddp.data import loader as loader_module
 from vac_ddp.data.batch import unit_rows
+from vac_ddp.data.clip_sampling import FRAMES, MIX, generator, test_windows, train_frames
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import (
@@ -32,7 +33,6 @@ from vac_ddp.data.loader import (
     worker_count,
 )
 from vac_ddp.data.sampler import Key, StepSampler
-from vac_ddp.data.sampling import FRAMES, MIX, generator, test_windows, train_frames
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config, DataSettings, ViewSettings
 
@@ -137,7 +137,7 @@ def test_an_item_is_what_the_plan_says(index: object) -> None:
     from PIL import Image
 
     from vac_ddp.data.augment import draw_crop_box, draw_parameters
-    from vac_ddp.data.sampling import AUGMENT, CROP
+    from vac_ddp.data.clip_sampling import AUGMENT, CROP
 
     settings = config(2)
     settings.data.reduced_decode = False

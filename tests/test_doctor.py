@@ -12,11 +12,12 @@ import pytest
 
 from tests.runs import make_videos, one_line
 from tests.support import REPO, environment
+from vac_ddp.commands import doctor_command
 from vac_ddp.data.decode import decode_frame
+from vac_ddp.doctor import machine_rates
 from vac_ddp.settings import Config
-from vac_ddp.tools import doctor, machine
 
-GPU = doctor.Found(
+GPU = doctor_command.Found(
     workers=4,
     ranks=2,
     repeats=1,
@@ -37,14 +38,14 @@ GPU = doctor.Found(
 
 
 def test_limits_are_clips_a_second_of_the_whole_machine() -> None:
-    rates = doctor.limits(GPU)
+    rates = doctor_command.limits(GPU)
     assert rates["decoding"] == 1200
     assert rates["disk"] == pytest.approx(2e9 / (25_000 * 16))
     assert rates["copies to the device"] == pytest.approx(2 * 20e9 / (16 * 224 * 224 * 3))
     assert rates["the model"] == 700
     assert rates["the model with all-reduce"] == pytest.approx(64 / (64 / 700 + 344e6 / 200e9))
     assert list(rates.values()) == sorted(rates.values())
-    twice = doctor.limits(dataclasses.replace(GPU, repeats=2))
+    twice = doctor_command.limits(dataclasses.replace(GPU, repeats=2))
     assert (twice["decoding"], twice["disk"]) == (2400, 2 * rates["disk"])
 
 
@@ -63,7 +64,7 @@ def test_limits_are_clips_a_second_of_the_whole_machine() -> None:
     ],
 )
 def test_advice_names_what_holds_back_and_the_settings(change: dict, first: str, settings: list[str]) -> None:
-    lines = doctor.advice(dataclasses.replace(GPU, **change), Config())
+    lines = doctor_command.advice(dataclasses.replace(GPU, **change), Config())
     assert lines[0].startswith(f"held back by {first}: ")
     assert all(any(name in line for line in lines[1:]) for name in settings), lines
 
@@ -72,18 +73,18 @@ def test_advice_does_not_name_what_is_set_already() -> None:
     config = Config()
     config.augment.repeats, config.train.bf16_reduce, config.train.compile = 2, True, False
     slow = dataclasses.replace(GPU, decode_all=100.0, repeats=2)
-    assert not any("augment.repeats" in line for line in doctor.advice(slow, config))
+    assert not any("augment.repeats" in line for line in doctor_command.advice(slow, config))
     far = dataclasses.replace(GPU, all_reduce=1e9)
-    said = doctor.advice(far, config)
+    said = doctor_command.advice(far, config)
     assert not any("bf16_reduce" in line for line in said)
     assert any("train.compile=true" in line for line in said)
 
 
 def test_decoding_is_what_a_clock_says(tmp_path: Path) -> None:
-    frames = [path.read_bytes() for path in machine.make_sample(tmp_path)]
+    frames = [path.read_bytes() for path in machine_rates.make_sample(tmp_path)]
     assert 15 < sum(map(len, frames)) / len(frames) / 1024 < 40
     config = Config()
-    rate = machine.decode_rate_together(frames, config, 1)
+    rate = machine_rates.decode_rate_together(frames, config, 1)
     times = []
     for _ in range(10):  # the quickest: others may have the processor in between
         begin = time.perf_counter()
@@ -96,10 +97,10 @@ def test_decoding_is_what_a_clock_says(tmp_path: Path) -> None:
 
 def test_frames_are_looked_for_within_bounds(tmp_path: Path) -> None:
     make_videos(tmp_path / "data", classes=2, videos=40, frames=12)
-    found = machine.sample_frames(tmp_path / "data")
-    assert 0 < len(found) <= machine.SAMPLE
+    found = machine_rates.sample_frames(tmp_path / "data")
+    assert 0 < len(found) <= machine_rates.SAMPLE
     assert len({path.parent for path in found}) > 10
-    assert machine.sample_frames(tmp_path / "nothing") == []
+    assert machine_rates.sample_frames(tmp_path / "nothing") == []
 
 
 def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:

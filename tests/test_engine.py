@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from vac_ddp import files
-from vac_ddp.engine import checkpoint, health, run_dir
-from vac_ddp.engine.ema import Ema
-from vac_ddp.engine.signals import Agreement, StopRequest
-from vac_ddp.engine.stopping import Stopping
 from vac_ddp.errors import UserError, exit_status
 from vac_ddp.report.tracker import Tracker
+from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.runtime.signals import Agreement, StopRequest
 from vac_ddp.settings import LogSettings, RunSettings
-from vac_ddp.status import run_door
+from vac_ddp.training import checkpoint, health, run_directory
+from vac_ddp.training.early_stopping import Stopping
+from vac_ddp.training.ema import Ema
 
 
 def test_stopping_counts_validations_since_the_best() -> None:
@@ -138,13 +138,13 @@ def test_overwriting_that_cannot_start_gives_everything_back(tmp_path: Path) -> 
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("old\n")
     (folder / "notes.txt").write_text("mine\n")
-    run = run_dir.open_run(RunSettings(dir=str(folder), overwrite=True), {}, print)
+    run = run_directory.open_run(RunSettings(dir=str(folder), overwrite=True), {}, print)
     (folder / "metrics.jsonl").write_text("new\n")
     run.discard()
     assert (folder / "metrics.jsonl").read_text() == "old\n"
     assert {p.name for p in folder.iterdir()} == {"checkpoints", "metrics.jsonl", "notes.txt"}
     assert list(tmp_path.iterdir()) == [folder]
-    run = run_dir.open_run(RunSettings(dir=str(folder), overwrite=True), {}, print)
+    run = run_directory.open_run(RunSettings(dir=str(folder), overwrite=True), {}, print)
     run.begin(print)
     run.discard()  # as at the end of every run
     run.lock.release()

@@ -15,9 +15,9 @@ import pytest
 
 from tests.runs import Workplace, make_videos
 from tests.support import environment
+from vac_ddp.commands import ensemble_command
 from vac_ddp.errors import UserError
-from vac_ddp.inference.viewsfile import Views, read_views
-from vac_ddp.tools import ensemble
+from vac_ddp.results.logits_file import Views, read_views
 
 
 def views(ids: list[str], logits: list[list[float]], labels: list[int], classes: str = "ab") -> Views:
@@ -34,21 +34,23 @@ def views(ids: list[str], logits: list[list[float]], labels: list[int], classes:
 
 
 def test_members_are_every_fold_of_every_seed() -> None:
-    made = ensemble.plan(Path("runs/x"), folds=2, seeds=[0, 7])
+    made = ensemble_command.plan(Path("runs/x"), folds=2, seeds=[0, 7])
     assert [m.folder.name for m in made] == ["fold1of2_seed0", "fold2of2_seed0", "fold1of2_seed7", "fold2of2_seed7"]
     assert made[3].words == ("seed=7", "data.fold=2/2", "run.dir=runs/x/fold2of2_seed7", "run.resume=auto")
-    assert [m.words[0] for m in ensemble.plan(Path("x"), folds=None, seeds=[3, 4])] == ["seed=3", "seed=4"]
+    assert [m.words[0] for m in ensemble_command.plan(Path("x"), folds=None, seeds=[3, 4])] == ["seed=3", "seed=4"]
     for words in ({"folds": 1, "seeds": [0]}, {"folds": 2, "seeds": [1, 1]}):
         with pytest.raises(UserError):
-            ensemble.plan(Path("x"), **words)
+            ensemble_command.plan(Path("x"), **words)
 
 
 def test_a_video_that_two_members_held_out_gets_the_mean_of_both() -> None:
-    pooled = ensemble.pool([views(["u", "v"], [[2, 0], [0, 4]], [0, 1]), views(["v", "w"], [[2, 0], [5, 1]], [1, 0])])
+    pooled = ensemble_command.pool(
+        [views(["u", "v"], [[2, 0], [0, 4]], [0, 1]), views(["v", "w"], [[2, 0], [5, 1]], [1, 0])]
+    )
     np.testing.assert_allclose(pooled.scores, [[2, 0], [1, 2], [5, 1]])
     assert pooled.labels.tolist() == [0, 1, 0]
     with pytest.raises(UserError, match="other classes"):
-        ensemble.pool([views(["u"], [[2, 0]], [0]), views(["v"], [[2, 0]], [0], classes="ba")])
+        ensemble_command.pool([views(["u"], [[2, 0]], [0]), views(["v"], [[2, 0]], [0], classes="ba")])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_video_that_two_members_held_out_gets_the_mean_of_both() -> None:
 def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path: Path, words: list[str], said: str) -> None:
     make_videos(tmp_path / "test", classes=1, videos=1, frames=2)
     with pytest.raises(UserError, match=said):
-        ensemble.main(["--nproc", "1", "--data", str(tmp_path / "test" / "class0"), *words])
+        ensemble_command.main(["--nproc", "1", "--data", str(tmp_path / "test" / "class0"), *words])
     assert not list(tmp_path.glob("runs*"))
 
 

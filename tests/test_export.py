@@ -14,12 +14,12 @@ from PIL import Image
 from tests.support import shared
 from tests.test_hf_adapter import tiny
 from vac_ddp import config as settings_io
+from vac_ddp.commands import export_command as export_tool
+from vac_ddp.commands.export_command import compare, export, main
 from vac_ddp.errors import UserError
 from vac_ddp.files import whole_folder, write_json
 from vac_ddp.models import file_state, load_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
-from vac_ddp.tools import export as export_tool
-from vac_ddp.tools.export import compare, export, main
 
 CLASSES = ["brush_hair", "chew", "climb"]
 TINY = {"weights": None, "width": 16, "depth": 2, "heads": 2, "patch": 8, "head_init_scale": 50.0}

@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 
 from tests.support import REPO, environment, shared
+from vac_ddp.commands.extract_command import Options, Outcome, extract, extract_one, find_videos, main, outcomes, sweep
 from vac_ddp.data.index import open_index
-from vac_ddp.data.video import DamagedVideo, VideoFile
+from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.files import PARTIAL
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools.extract import Options, Outcome, extract, extract_one, find_videos, main, outcomes, sweep
 
 av = pytest.importorskip("av", reason="vac extract needs PyAV")
 

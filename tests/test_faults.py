@@ -23,12 +23,12 @@ from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import train_loader
 from vac_ddp.data.mixing import mix, soft_targets
 from vac_ddp.data.sampler import StepSampler
-from vac_ddp.engine import checkpoint
-from vac_ddp.engine.health import check_labels
-from vac_ddp.engine.lock import RunLock
 from vac_ddp.errors import UserError
 from vac_ddp.models import load_model
+from vac_ddp.runtime.lock import RunLock
 from vac_ddp.settings import Config
+from vac_ddp.training import checkpoint
+from vac_ddp.training.health import check_labels
 
 pytestmark = [pytest.mark.fault, pytest.mark.distributed]
 
@@ -375,7 +375,7 @@ def test_18_the_lock_of_the_dead_is_taken_over_at_any_clock(place: Workplace, tm
     child = subprocess.run(
         [
             *(sys.executable, "-c"),
-            "import os, sys; from pathlib import Path; from vac_ddp.engine.lock import RunLock;"
+            "import os, sys; from pathlib import Path; from vac_ddp.runtime.lock import RunLock;"
             "RunLock(Path(sys.argv[1])).take(); os._exit(0)",
             str(tmp_path),
         ],

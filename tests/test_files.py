@@ -20,7 +20,7 @@ from tests.support import REPO, environment
 from vac_ddp.cli import main
 from vac_ddp.errors import UserError
 from vac_ddp.files import WriteError, whole_folder, write_atomic, write_text
-from vac_ddp.inference.viewsfile import ViewsHead, write_views
+from vac_ddp.results.logits_file import ViewsHead, write_views
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="extra test: only root can make a device and mount")
 

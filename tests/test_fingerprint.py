@@ -11,8 +11,8 @@ import pytest
 from tests.support import REPO
 from vac_ddp import checks, config, predict
 from vac_ddp.data.index import open_index
-from vac_ddp.inference.fingerprint import differences, fingerprint
-from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.predicting.fingerprint import differences, fingerprint
+from vac_ddp.results.logits_file import read_views
 from vac_ddp.settings import Config, DataSettings
 
 # Settings that a prediction may change and that change no logit, or by rounding alone.

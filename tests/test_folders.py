@@ -16,8 +16,8 @@ from tests.frame_data import jpeg, write_video
 from tests.support import environment
 from vac_ddp import cli
 from vac_ddp.config import read_yaml
-from vac_ddp.data.contents import meaning
 from vac_ddp.data.decode import DamagedFrame, decode_frame
+from vac_ddp.data.file_kinds import meaning
 from vac_ddp.data.frame_types import stranger, types_of
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError, plain

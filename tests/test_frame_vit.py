@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from vac_ddp.engine.optim import group_table, make_groups
 from vac_ddp.errors import UserError
 from vac_ddp.models.frame_vit import AttentionPool, FrameViT, TimeTransformer, batch_norms, build_frame_vit
 from vac_ddp.settings import ClipSettings, ModelSettings, OptimSettings
+from vac_ddp.training.optimization import group_table, make_groups
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "patch": 8}
 CLIP = ClipSettings(frames=4, size=16)

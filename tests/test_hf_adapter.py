@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from vac_ddp.engine.optim import group_table, make_groups
 from vac_ddp.errors import UserError
-from vac_ddp.models.hf import build_hf, depths_by_number
-from vac_ddp.models.weights import file_state, load_file_state
+from vac_ddp.models.hf_adapter import build_hf, depths_by_number
+from vac_ddp.models.load_report import file_state, load_file_state
 from vac_ddp.settings import ClipSettings, ModelSettings, OptimSettings
+from vac_ddp.training.optimization import group_table, make_groups
 
 CLIP = ClipSettings(frames=4, size=16)
 KINDS = ["timesformer", "vivit", "vjepa2"]

@@ -17,13 +17,13 @@ from tests.hostile_packs import attack, good_pack
 from tests.support import REPO
 from tests.test_weights import hf_directory, load
 from vac_ddp import cli, predict, train
+from vac_ddp.commands.report_command import main as report
 from vac_ddp.data.index import open_index
-from vac_ddp.engine.checkpoint import write_tensors
 from vac_ddp.errors import UserError
-from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.results.logits_file import read_views
 from vac_ddp.schema import Matching, Within, check, fault, stored_zip
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools.report import main as report
+from vac_ddp.training.checkpoint import write_tensors
 
 Change = Callable[[Any], Any]
 

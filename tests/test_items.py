@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.frame_data import MemoryVideos, jpeg, write_video
-from vac_ddp import audio
+from vac_ddp.audio import spectrogram
 from vac_ddp.cli import main
+from vac_ddp.commands.audio_command import Sounds
+from vac_ddp.commands.audit_command import look_at
 from vac_ddp.data.frames import read_clip
 from vac_ddp.data.index import open_index
 from vac_ddp.settings import DataSettings
-from vac_ddp.tools.audio import Sounds
-from vac_ddp.tools.audit import look_at
 
 EPOCH = '{"kind": "epoch", "step": 3, "epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_top1": 0.5}\n'
 BROKEN = {
@@ -98,7 +98,7 @@ def write_wav(path: Path, samples: int = 4000) -> bytes:
     with wave.open(str(path), "wb") as sound:
         sound.setnchannels(1)
         sound.setsampwidth(2)
-        sound.setframerate(audio.RATE)
+        sound.setframerate(spectrogram.RATE)
         sound.writeframes(np.random.default_rng(0).integers(-999, 999, samples).astype("<i2").tobytes())
     return path.read_bytes()
 
@@ -112,12 +112,12 @@ def test_broken_sounds_are_silent_and_named(tmp_path: Path) -> None:
         data = bytearray(whole)
         for _ in range(draw.randrange(1, 4)):
             data[draw.randrange(44)] = draw.randrange(256)
-        (folder / audio.NAME).write_bytes(bytes(data)[: draw.choice([20, 40, 44, 1000, len(data)])])
-    (write_video(tmp_path / "data" / "300", 1) / audio.NAME).mkdir()
-    gone = write_video(tmp_path / "data" / "301", 1) / audio.NAME
+        (folder / spectrogram.NAME).write_bytes(bytes(data)[: draw.choice([20, 40, 44, 1000, len(data)])])
+    (write_video(tmp_path / "data" / "300", 1) / spectrogram.NAME).mkdir()
+    gone = write_video(tmp_path / "data" / "301", 1) / spectrogram.NAME
     gone.write_bytes(whole)
     sounds = Sounds(open_index(tmp_path / "data", labelled=False, settings=DataSettings(cache=str(tmp_path / "cache"))))
-    assert any(line.endswith(f"300/{audio.NAME}: Is a directory") for line in sounds.damaged)
+    assert any(line.endswith(f"300/{spectrogram.NAME}: Is a directory") for line in sounds.damaged)
     gone.unlink()
     heard = np.flatnonzero(sounds.lengths).tolist()
     assert 10 < len(heard) < 300

@@ -9,9 +9,9 @@ import pytest
 
 from tests.drivers import mutate
 from tests.frame_data import write_video
+from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.index import open_index
 from vac_ddp.data.scan import looks_labelled
-from vac_ddp.data.sources import find_sources
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vac_ddp.engine.optim import group_table, make_groups
 from vac_ddp.errors import UserError
 from vac_ddp.models.lsvit import LMI, SMIF, LSViT, build_lsvit
 from vac_ddp.models.timm_backbone import drop_rates, keep_factors
 from vac_ddp.settings import ClipSettings, ModelSettings, OptimSettings
+from vac_ddp.training.optimization import group_table, make_groups
 
 TINY = {"width": 16, "depth": 3, "heads": 2, "mlp_ratio": 2.0, "patch": 8}
 CLIP = ClipSettings(frames=4, size=16)

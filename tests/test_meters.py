@@ -18,14 +18,14 @@ from benchmarks.common import our_training, settings_for
 from benchmarks.scaling import random_batch
 from tests.runs import Workplace
 from tests.support import environment
-from vac_ddp.engine import meters
-from vac_ddp.engine.health import Summary
-from vac_ddp.engine.step import StepRecord, phases
 from vac_ddp.errors import UserError
-from vac_ddp.inference.forward import Scorer, pass_size
-from vac_ddp.job_model import compile_if_it_works, train_pass
 from vac_ddp.models import build_model
+from vac_ddp.scoring.forward import Scorer, pass_size
 from vac_ddp.settings import ClipSettings, ModelSettings
+from vac_ddp.training import meters
+from vac_ddp.training.health import Summary
+from vac_ddp.training.model_setup import compile_if_it_works, train_pass
+from vac_ddp.training.step import StepRecord, phases
 
 CPU = torch.device("cpu")
 SMALL = ClipSettings(frames=4, size=32)
@@ -148,7 +148,7 @@ def test_garbage_is_collected_by_hand_inside_and_by_itself_after() -> None:
 
 FAULTS = """
 import ctypes, resource, sys, torch
-from vac_ddp.engine.meters import GIB, keep_freed_memory
+from vac_ddp.training.meters import GIB, keep_freed_memory
 how, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if how == "kept":
     keep_freed_memory()

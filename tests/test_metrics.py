@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vac_ddp import metrics
-from vac_ddp.metrics import Counters, bootstrap_interval, classification_metrics
+from vac_ddp.results import metrics
+from vac_ddp.results.metrics import Counters, bootstrap_interval, classification_metrics
 
 CLASSES = [f"class_{i}" for i in range(7)]
 

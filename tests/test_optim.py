@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vac_ddp.engine.optim import decays, freeze, group_table, make_groups, make_optimizer, set_lr
 from vac_ddp.errors import UserError
 from vac_ddp.settings import OptimSettings
+from vac_ddp.training.optimization import decays, freeze, group_table, make_groups, make_optimizer, set_lr
 
 
 class Tiny(nn.Module):

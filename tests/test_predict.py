@@ -18,17 +18,17 @@ from PIL import Image
 from torch import nn
 
 from tests.support import environment, torchrun
-from vac_ddp import api, files, predict, prediction
+from vac_ddp import api, files, predict
 from vac_ddp import config as settings_io
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import TestBatch
 from vac_ddp.data.split import Split, write_split
 from vac_ddp.errors import Findings, Interrupted, UserError
-from vac_ddp.inference import parts, run
-from vac_ddp.inference.forward import Scorer, scored_videos
-from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.models import file_state, load_model
+from vac_ddp.predicting import all_videos, part_files, prediction
+from vac_ddp.results.logits_file import read_views
+from vac_ddp.scoring.forward import Scorer, scored_videos
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 
 CLASSES = ["climb", "pick", "sit", "wave", "zip"]
@@ -237,7 +237,7 @@ def test_logits_that_are_not_finite_are_named_and_the_other_videos_are_scored(
 def test_what_is_averaged_follows_the_setting_and_the_command_line(
     trained: Path, data: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vac_ddp.tools import score
+    from vac_ddp.commands import score_command
 
     def written(out: str) -> np.ndarray:
         with (tmp_path / out / "scores.csv").open() as stream:
@@ -255,9 +255,9 @@ def test_what_is_averaged_follows_the_setting_and_the_command_line(
     assert np.abs(of_probs - of_logits).max() > 1e-3  # the two do differ
     np.testing.assert_allclose(written("probs"), of_probs, atol=2e-6)
     np.testing.assert_allclose(written("logits"), of_logits, atol=2e-6)
-    score.main([str(tmp_path / "probs"), "--out", str(tmp_path / "again")])
+    score_command.main([str(tmp_path / "probs"), "--out", str(tmp_path / "again")])
     np.testing.assert_allclose(written("again"), of_probs, atol=2e-6)
-    score.main([str(tmp_path / "probs"), "--method", "mean-logits", "--out", str(tmp_path / "other")])
+    score_command.main([str(tmp_path / "probs"), "--method", "mean-logits", "--out", str(tmp_path / "other")])
     np.testing.assert_allclose(written("other"), of_logits, atol=2e-6)
     for number, row in enumerate(api.predict(api.load(trained), data[2])):
         np.testing.assert_allclose(softmax(row.logits), of_logits[number], atol=2e-6)
@@ -432,7 +432,7 @@ def test_what_is_there_is_kept_and_another_prediction_is_refused(
     argv = arguments(trained, data[2], tmp_path / "out")
     predict.predict(argv)
     before = (tmp_path / "out" / "views.npz").read_bytes()
-    monkeypatch.setattr(run, "scored_videos", None)  # a second run computes nothing
+    monkeypatch.setattr(all_videos, "scored_videos", None)  # a second run computes nothing
     predict.predict(argv)
     assert (tmp_path / "out" / "views.npz").read_bytes() == before
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["scores.csv", "submission.csv", "views.npz"]
@@ -462,7 +462,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
     """A stop saves what is finished; of the parts one is damaged meanwhile, and named."""
     predict.predict(arguments(trained, data[31], tmp_path / "whole"))
     argv = arguments(trained, data[31], tmp_path / "out", "predict.save_every=3")
-    real, seen = run.scored_videos, []
+    real, seen = all_videos.scored_videos, []
 
     def stopping_after(count: int):
         def score(scorer: Scorer, videos):
@@ -474,7 +474,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
 
         return score
 
-    monkeypatch.setattr(run, "scored_videos", stopping_after(9))
+    monkeypatch.setattr(all_videos, "scored_videos", stopping_after(9))
     with pytest.raises(Interrupted):
         predict.predict(argv)
     saved = sorted((tmp_path / "out" / "parts").glob("part-*.npy"))
@@ -482,7 +482,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
     bad = bytearray(saved[1].read_bytes())
     bad[-5] ^= 1
     saved[1].write_bytes(bad)
-    monkeypatch.setattr(run, "scored_videos", stopping_after(1000))
+    monkeypatch.setattr(all_videos, "scored_videos", stopping_after(1000))
     seen.clear()
     capsys.readouterr()
     predict.predict(argv)
@@ -496,17 +496,17 @@ def test_stopped_and_started_again_it_computes_the_rest(
 
 
 def test_parts_of_another_shape_or_with_a_video_twice_do_not_count(tmp_path: Path) -> None:
-    kind = parts.record_type(2, 3)
+    kind = part_files.record_type(2, 3)
     records = np.zeros(2, kind)
     records["video"] = [4, 5]
     (tmp_path / "parts").mkdir()
-    parts.save_part(tmp_path, records)
+    part_files.save_part(tmp_path, records)
     again = records.copy()
     again["video"] = [5, 6]
-    parts.save_part(tmp_path, again)
-    parts.save_part(tmp_path, np.zeros(1, parts.record_type(1, 3)))
+    part_files.save_part(tmp_path, again)
+    part_files.save_part(tmp_path, np.zeros(1, part_files.record_type(1, 3)))
     said: list[str] = []
-    found, done = parts.read_parts(tmp_path, kind, 9, said.append)
+    found, done = part_files.read_parts(tmp_path, kind, 9, said.append)
     assert done.tolist() == [4, 5]
     assert len(found) == 1
     assert len(said) == 2

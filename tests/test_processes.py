@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from vac_ddp.data import processes
+from vac_ddp.data import loader_processes
 
 # The child of the first fork never leaves os.fork(), as with a lock of the interpreter that another thread had held.
 STUCK = """
@@ -45,14 +45,14 @@ def test_a_child_that_is_stuck_in_the_fork_is_forked_again() -> None:
 
 
 def test_it_gives_up_with_a_remedy() -> None:
-    done = run(stuck=processes.TRIES)
+    done = run(stuck=loader_processes.TRIES)
     assert done.returncode != 0
     assert "did not begin in 5 tries; data.workers=0" in done.stderr
 
 
 def test_nothing_is_left_open() -> None:
     before = set(Path("/proc/self/fd").iterdir())
-    child = processes.LoaderContext().Process(target=threading.Event)
+    child = loader_processes.LoaderContext().Process(target=threading.Event)
     child.start()
     child.join()
     assert child.exitcode == 0
@@ -62,7 +62,7 @@ def test_nothing_is_left_open() -> None:
 
 def test_signals_before_a_process_is_set_up_do_not_end_it() -> None:
     """SLURM signals every process of a job; torch sets a handler that ends a loader process, before our set-up runs."""
-    context = processes.LoaderContext()
+    context = loader_processes.LoaderContext()
     reading, writing = context.Pipe(duplex=False)
     child = context.Process(target=_signal_early, args=(writing,))
     child.start()
@@ -75,17 +75,17 @@ def test_signals_before_a_process_is_set_up_do_not_end_it() -> None:
 
 def _signal_early(said: Connection) -> None:
     torch.utils.data._utils.signal_handling._set_worker_signal_handlers()
-    for number in processes.IGNORED_SIGNALS:
+    for number in loader_processes.IGNORED_SIGNALS:
         os.kill(os.getpid(), number)
-    processes.ignore_signals()
-    for number in processes.IGNORED_SIGNALS:
+    loader_processes.ignore_signals()
+    for number in loader_processes.IGNORED_SIGNALS:
         os.kill(os.getpid(), number)
     said.send("set up")
 
 
 def test_the_loader_takes_the_context() -> None:
     """The DataLoader wants a context of the standard library's kind; its parent is this process."""
-    context = processes.LoaderContext()
+    context = loader_processes.LoaderContext()
     assert isinstance(context, multiprocessing.context.BaseContext)
     loader = DataLoader(_Parents(), batch_size=None, num_workers=1, multiprocessing_context=context)
     assert list(loader) == [os.getpid()]

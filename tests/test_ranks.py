@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs import Workplace, no_orphans
 from tests.support import torchrun
-from vac_ddp.inference.viewsfile import read_views
+from vac_ddp.results.logits_file import read_views
 
 pytestmark = [pytest.mark.fault, pytest.mark.distributed]
 

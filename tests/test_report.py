@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 from vac_ddp import config as settings_io
+from vac_ddp.commands import report_command
 from vac_ddp.errors import UserError
-from vac_ddp.inference.views import view_table
-from vac_ddp.inference.viewsfile import ViewsHead, write_views
+from vac_ddp.results.logits_file import ViewsHead, write_views
+from vac_ddp.scoring.views import view_table
 from vac_ddp.settings import Config, ViewSettings
-from vac_ddp.tools import report
 
 EVIL = "<script>alert(1)<"  # a folder's name has no slash
 CLASSES = [EVIL, "$a$ \"q\" & 'x'", "漢字", "<img src=x onerror=alert(2)>"]
@@ -103,7 +103,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def page_of(run: Path, *flags: str) -> tuple[str, Page]:
-    assert report.main([str(run), "--views", str(run / "views.npz"), *flags]) == 0
+    assert report_command.main([str(run), "--views", str(run / "views.npz"), *flags]) == 0
     text = (run / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -169,7 +169,7 @@ def test_figures_are_those_of_the_files(run: Path) -> None:
 
 def test_a_leak_is_a_warning() -> None:
     rows = [["a/1", "a", "s1", "train"], ["a/2", "a", "s1", "val"], ["a/3", "a", "s2", "val"]]
-    (line,) = report.audit_lines(rows)
+    (line,) = report_command.audit_lines(rows)
     assert line.startswith("warning: 1 of 2 validation videos (50.0 %)")
     assert line.endswith("First: a/2")
 
@@ -178,13 +178,13 @@ def test_what_a_run_does_not_have_is_said(run: Path, capsys: pytest.CaptureFixtu
     for name in ("metrics.jsonl", "load_report.json", "classes.json", "split.csv"):
         (run / name).unlink()
     shutil.rmtree(run / "data")
-    assert report.main([str(run)]) == 0
+    assert report_command.main([str(run)]) == 0
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert "No epoch has ended yet." in page.text
     assert "There are no predictions of a validation part." in page.text
     assert "nothing was predicted" in page.text
     with pytest.raises(UserError, match="is no run directory"):
-        report.main([str(run / "data")])
+        report_command.main([str(run / "data")])
     assert "no frames in the report" in capsys.readouterr().err
 
 
@@ -192,9 +192,9 @@ def test_strips_leave_out_what_does_not_decode() -> None:
     buffer = io.BytesIO()
     Image.new("L", (10, 20), 7).save(buffer, "PNG")
     good = buffer.getvalue()
-    strip = report.make_strip([good, b"", good[:30], good])
+    strip = report_command.make_strip([good, b"", good[:30], good])
     assert Image.open(io.BytesIO(strip)).size == (2 * 48 + 2, 96)
-    assert report.make_strip([b"", b"none"]) is None
+    assert report_command.make_strip([b"", b"none"]) is None
 
 
 CHECK = """<script>

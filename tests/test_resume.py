@@ -16,11 +16,12 @@ from tests.frame_data import MemoryVideos, jpeg
 from tests.runs import Workplace, assert_same_end
 from tests.test_dataset import children_of
 from tests.test_dataset import config as small_config
-from vac_ddp import config, job
+from vac_ddp import config
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.loader import train_loader
 from vac_ddp.data.sampler import StepSampler, epoch_draws
 from vac_ddp.errors import Interrupted
+from vac_ddp.training import job
 
 VIDEOS, PER_STEP, EPOCHS = 21, 3, 3  # of runs.Workplace: 7 steps an epoch, of two batches of a loader process each
 STEPS = VIDEOS // PER_STEP

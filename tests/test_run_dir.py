@@ -15,10 +15,11 @@ import pytest
 
 from tests.runs import Workplace
 from vac_ddp import config, train
-from vac_ddp.engine import lock, run_dir
+from vac_ddp.commands import runs_command
 from vac_ddp.errors import UserError
+from vac_ddp.runtime import lock
 from vac_ddp.settings import RunSettings
-from vac_ddp.tools import runs
+from vac_ddp.training import run_directory
 
 pytestmark = pytest.mark.distributed
 
@@ -118,7 +119,7 @@ def test_a_start_that_was_killed_while_it_renamed_is_mentioned_and_nothing_remov
     aside.mkdir()
     (aside / "metrics.jsonl").write_text("old\n")
     said: list[str] = []
-    run = run_dir.open_run(RunSettings(dir=str(tmp_path / "run")), {}, said.append)
+    run = run_directory.open_run(RunSettings(dir=str(tmp_path / "run")), {}, said.append)
     run.begin(said.append)
     run.lock.release()
     assert len(said) == 1 and str(aside) in said[0] and "rename it to keep it" in said[0]
@@ -133,7 +134,7 @@ def test_a_directory_that_cannot_be_renamed_is_left_as_it_is(tmp_path: Path) -> 
     try:
         (disk / "metrics.jsonl").write_text("old\n")
         with pytest.raises(UserError, match=r"renaming it to disk.discarded-.* failed .*nothing was changed"):
-            run_dir.open_run(RunSettings(dir=str(disk), overwrite=True), {}, print)
+            run_directory.open_run(RunSettings(dir=str(disk), overwrite=True), {}, print)
         assert contents(disk) == {"metrics.jsonl": b"old\n"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -143,7 +144,7 @@ def test_the_current_directory_is_not_renamed(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "metrics.jsonl").write_text("old\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="holds the current directory"):
-        run_dir.open_run(RunSettings(dir=".", overwrite=True), {}, print)
+        run_directory.open_run(RunSettings(dir=".", overwrite=True), {}, print)
     assert contents(tmp_path) == {"metrics.jsonl": b"old\n"}
 
 
@@ -168,13 +169,13 @@ def test_results_without_checkpoints_are_not_started_over(place: Workplace) -> N
 def test_discarded_runs_are_not_listed(place: Workplace, tmp_path: Path) -> None:
     for name in ("a", "a.discarded-20260101-000000"):
         shutil.copytree(place.folder / "finished", tmp_path / name)
-    assert runs.find_runs(tmp_path) == [tmp_path / "a"]
+    assert runs_command.find_runs(tmp_path) == [tmp_path / "a"]
 
 
 def test_a_run_that_goes_on_in_a_debug_directory_is_no_debug_run(place: Workplace) -> None:
     folder = place.folder / "was-debug"
     folder.mkdir()
-    (folder / "debug_run.txt").write_text(run_dir.DEBUG_NOTE)  # all that a debug run left that was killed at once
+    (folder / "debug_run.txt").write_text(run_directory.DEBUG_NOTE)  # all that a debug run left that was killed at once
     assert here(place, "was-debug", *SHORT, "run.resume=auto")[0] == 0
     before = contents(folder)
     assert "is not a debug run" in refused(here(place, "was-debug", "--debug"))
@@ -198,7 +199,7 @@ def test_a_disk_that_is_full_at_the_start_changes_nothing(place: Workplace, writ
     resource.setrlimit(resource.RLIMIT_FSIZE, (lock_bytes if written == "the lock" else 0, hard))
     try:
         with pytest.raises(UserError, match="File too large"):
-            run_dir.open_run(RunSettings(dir=str(folder), overwrite=True), {}, lambda line: None)
+            run_directory.open_run(RunSettings(dir=str(folder), overwrite=True), {}, lambda line: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(folder) == before

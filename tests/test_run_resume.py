@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tests.runs import Workplace, assert_same_end, differences, make_videos
-from vac_ddp import config, job, job_resume, predict, train
-from vac_ddp.engine import same_run
-from vac_ddp.engine.best import BestFile
+from vac_ddp import config, predict, train
 from vac_ddp.models import load_model, rebuild_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
+from vac_ddp.training import job, resuming, same_run
+from vac_ddp.training.best_weights import BestFile
 
 pytestmark = pytest.mark.distributed
 
@@ -302,7 +302,7 @@ def test_a_damaged_best_file_of_the_first_version_is_set_aside(tmp_path: Path) -
     best, source, said = tmp_path / "best_videomae.pt", tmp_path / "checkpoints" / "step-00000004.pt", []
     best.write_bytes(b"cut off")
     stopping = {"best": 0.5, "best_epoch": 1, "since_best": 0}
-    after = job_resume.settle_best(BestFile(best), source, {}, stopping, said.append)
+    after = resuming.settle_best(BestFile(best), source, {}, stopping, said.append)
     assert after == {"best": None, "best_epoch": None, "since_best": 0}
     assert (source.parent / "discarded" / best.name).read_bytes() == b"cut off" and not best.exists()
     assert len(said) == 2

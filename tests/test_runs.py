@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from vac_ddp import cli, config
-from vac_ddp.engine.lock import RunLock
+from vac_ddp.commands import plot_command, runs_command
+from vac_ddp.runtime.lock import RunLock
 from vac_ddp.settings import Config
-from vac_ddp.tools import plot, runs
 
 
 def make_run(folder: Path, *words: str, accuracies: tuple[float, ...] = (), ended: bool = True, total: int = 8) -> Path:
@@ -69,14 +69,14 @@ def test_table_has_state_best_and_what_differs(folder: Path, capsys: pytest.Capt
 def test_a_run_that_is_held_is_running(folder: Path) -> None:
     lock = RunLock(folder / "a")
     lock.take()
-    assert runs.read_run(folder / "a", "a").state == "running"
+    assert runs_command.read_run(folder / "a", "a").state == "running"
     lock.release()
-    assert runs.read_run(folder / "a", "a").state == "done"
+    assert runs_command.read_run(folder / "a", "a").state == "done"
     with subprocess.Popen([sys.executable, "-c", "pass"]) as gone:
         gone.wait()
     dead = {"host": os.uname().nodename, "pid": gone.pid, "started": "1"}
     (folder / "a" / "run.lock").write_text(json.dumps(dead))
-    assert runs.read_run(folder / "a", "a").state == "done"
+    assert runs_command.read_run(folder / "a", "a").state == "done"
     assert (folder / "a" / "run.lock").exists()  # looking changes nothing
 
 
@@ -105,8 +105,8 @@ def test_picture_has_a_curve_of_every_run(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_names_are_as_short_as_they_differ() -> None:
-    assert list(plot.named(["x/a", "x/b/"])) == ["a", "b"]
-    assert list(plot.named(["x/1/run", "x/2/run", "x/2/run"])) == ["1/run", "2/run"]
+    assert list(plot_command.named(["x/a", "x/b/"])) == ["a", "b"]
+    assert list(plot_command.named(["x/1/run", "x/2/run", "x/2/run"])) == ["1/run", "2/run"]
 
 
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

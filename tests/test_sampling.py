@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vac_ddp.data.sampling import generator, test_windows, train_frames
+from vac_ddp.data.clip_sampling import generator, test_windows, train_frames
 from vac_ddp.settings import ClipSettings, ViewSettings
 
 settings.register_profile("no deadline", deadline=None)  # the machine may be busy

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.runs import Workplace, differences
-from vac_ddp import config, files, job
-from vac_ddp.engine import checkpoint
-from vac_ddp.engine.best import BestFile
-from vac_ddp.engine.progress import Validation
+from vac_ddp import config, files
 from vac_ddp.errors import UserError
 from vac_ddp.report.lines import Lines
+from vac_ddp.training import checkpoint, job
+from vac_ddp.training.best_weights import BestFile
+from vac_ddp.training.progress import Validation
 
 pytestmark = pytest.mark.distributed
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from vac_ddp.engine.schedule import count_warmup_steps, learning_rate, resolve_lr
 from vac_ddp.errors import UserError
 from vac_ddp.settings import OptimSettings
+from vac_ddp.training.lr_schedule import count_warmup_steps, learning_rate, resolve_lr
 
 
 def official(base: float, final: float, epochs: int, per_epoch: int, warmup_epochs: int, start: float) -> np.ndarray:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.support import environment
+from vac_ddp.commands.score_command import main
 from vac_ddp.errors import UserError
-from vac_ddp.inference import scoring
-from vac_ddp.inference.views import view_table
-from vac_ddp.inference.viewsfile import ViewsHead, write_views
+from vac_ddp.results import averaging
+from vac_ddp.results.logits_file import ViewsHead, write_views
+from vac_ddp.scoring.views import view_table
 from vac_ddp.settings import ViewSettings
-from vac_ddp.tools.score import main
 
 CLASSES = ["climb", "pick", "sit", "wave"]
 
@@ -66,10 +66,10 @@ def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
 def test_averages_of_views(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, _ = made(0)
     for block in (1 << 22, 50):
-        monkeypatch.setattr(scoring, "_BLOCK", block)
-        np.testing.assert_allclose(scoring.average_views(logits), logits.astype(np.float64).mean(1), rtol=1e-12)
+        monkeypatch.setattr(averaging, "_BLOCK", block)
+        np.testing.assert_allclose(averaging.average_views(logits), logits.astype(np.float64).mean(1), rtol=1e-12)
         by_hand = np.log(softmax(logits.astype(np.float64) / 2.5).mean(1))
-        found = scoring.average_views(logits, method="mean-probs", temperature=2.5)
+        found = averaging.average_views(logits, method="mean-probs", temperature=2.5)
         np.testing.assert_allclose(found, by_hand, rtol=1e-10)
 
 
@@ -77,9 +77,9 @@ def test_ensembles_of_three_models_by_hand() -> None:
     parts = [made(seed)[0].astype(np.float64).mean(1) for seed in range(3)]
     weights = np.array([2.0, 1.0, 1.0])
     by_hand = (2 * parts[0] + parts[1] + parts[2]) / 4
-    np.testing.assert_allclose(scoring.combine(parts, weights), by_hand, rtol=1e-12)
+    np.testing.assert_allclose(averaging.combine(parts, weights), by_hand, rtol=1e-12)
     by_hand = np.log((2 * softmax(parts[0]) + softmax(parts[1]) + softmax(parts[2])) / 4)
-    np.testing.assert_allclose(scoring.combine(parts, weights, method="mean-probs"), by_hand, rtol=1e-10)
+    np.testing.assert_allclose(averaging.combine(parts, weights, method="mean-probs"), by_hand, rtol=1e-10)
 
 
 def test_a_model_that_missed_a_video_leaves_it_to_the_others() -> None:
@@ -87,17 +87,17 @@ def test_a_model_that_missed_a_video_leaves_it_to_the_others() -> None:
     absent = np.zeros((2, len(a)), bool)
     absent[0, :10] = True
     absent[:, 5] = True  # nobody has it: as if all had
-    mixed = scoring.combine([a, b], [3, 1], absent=absent)
+    mixed = averaging.combine([a, b], [3, 1], absent=absent)
     np.testing.assert_allclose(mixed[:5], b[:5])
     np.testing.assert_allclose(mixed[10:], (3 * a[10:] + b[10:]) / 4)
     np.testing.assert_allclose(mixed[5], (3 * a[5] + b[5]) / 4)
 
 
-@pytest.mark.parametrize("method", scoring.METHODS)
-def test_temperature_is_the_best_of_a_fine_grid(method: scoring.Method) -> None:
+@pytest.mark.parametrize("method", averaging.METHODS)
+def test_temperature_is_the_best_of_a_fine_grid(method: averaging.Method) -> None:
     logits, labels = made(4, skill=1.5)
     logits *= 20  # far too sure
-    found = scoring.fit_temperature(logits, labels, method=method)
+    found = averaging.fit_temperature(logits, labels, method=method)
     grid = np.exp(np.linspace(np.log(0.05), np.log(50), 400))
     losses = []
     for t in grid:
@@ -111,16 +111,16 @@ def test_temperature_is_the_best_of_a_fine_grid(method: scoring.Method) -> None:
     assert found > 2
 
 
-@pytest.mark.parametrize("method", scoring.METHODS)
+@pytest.mark.parametrize("method", averaging.METHODS)
 @pytest.mark.parametrize("seed", range(4))
-def test_greedy_selection_is_never_below_the_best_single(method: scoring.Method, seed: int) -> None:
+def test_greedy_selection_is_never_below_the_best_single(method: averaging.Method, seed: int) -> None:
     rng = np.random.default_rng(seed)
     parts = [made(10 * seed + m, skill=float(rng.uniform(0.2, 1.5)))[0].astype(np.float64).mean(1) for m in range(5)]
     labels = made(0)[1]
-    weights = scoring.greedy_weights(parts, labels, method=method)
+    weights = averaging.greedy_weights(parts, labels, method=method)
     assert weights.sum() == pytest.approx(1)
-    mixed = scoring.top1(scoring.combine(parts, weights, method=method), labels)
-    assert mixed >= max(scoring.top1(p, labels) for p in parts)
+    mixed = averaging.top1(averaging.combine(parts, weights, method=method), labels)
+    assert mixed >= max(averaging.top1(p, labels) for p in parts)
 
 
 def test_more_greedy_rounds_are_never_worse() -> None:
@@ -130,7 +130,7 @@ def test_more_greedy_rounds_are_never_worse() -> None:
         parts = [made(10 * seed + m, videos=40, skill=0.5)[0].astype(np.float64).mean(1) for m in range(4)]
         labels = made(0, videos=40)[1]
         found = [
-            scoring.top1(scoring.combine(parts, scoring.greedy_weights(parts, labels, rounds=rounds)), labels)
+            averaging.top1(averaging.combine(parts, averaging.greedy_weights(parts, labels, rounds=rounds)), labels)
             for rounds in range(1, 13)
         ]
         assert found == sorted(found)
@@ -141,30 +141,30 @@ def test_more_greedy_rounds_are_never_worse() -> None:
 def test_greedy_selection_leaves_out_what_does_harm() -> None:
     good, labels = made(1, skill=3.0)
     bad = -5 * good
-    weights = scoring.greedy_weights([bad.mean(1), good.mean(1)], labels)
+    weights = averaging.greedy_weights([bad.mean(1), good.mean(1)], labels)
     assert weights.tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("method", scoring.METHODS)
-def test_fitted_weights_are_near_the_best_of_a_grid(method: scoring.Method) -> None:
+@pytest.mark.parametrize("method", averaging.METHODS)
+def test_fitted_weights_are_near_the_best_of_a_grid(method: averaging.Method) -> None:
     skills = (1.5, 0.7, 0.1)
     parts = [made(m, skill=s)[0].astype(np.float64).mean(1) for m, s in enumerate(skills)]
     labels = made(0)[1]
-    weights = scoring.fit_weights(parts, labels, method=method)
-    found = scoring.mean_loss(scoring.combine(parts, weights, method=method), labels)
+    weights = averaging.fit_weights(parts, labels, method=method)
+    found = averaging.mean_loss(averaging.combine(parts, weights, method=method), labels)
     grid = [
-        scoring.mean_loss(scoring.combine(parts, [a, b, 20 - a - b], method=method), labels)
+        averaging.mean_loss(averaging.combine(parts, [a, b, 20 - a - b], method=method), labels)
         for a, b in itertools.product(range(21), repeat=2)
         if a + b <= 20
     ]
     assert found <= min(grid) + 1e-3
-    assert found <= min(scoring.mean_loss(p, labels) for p in parts)
+    assert found <= min(averaging.mean_loss(p, labels) for p in parts)
 
 
 def test_views_are_picked_by_window_crop_and_flip() -> None:
     table = view_table(ViewSettings(crops=3, flip=True), 2)
-    assert scoring.select_views(table, ["window=1", "flip=0"]).tolist() == [6, 8, 10]
-    assert scoring.select_views(table, ["0,11"]).tolist() == [0, 11]
+    assert averaging.select_views(table, ["window=1", "flip=0"]).tolist() == [6, 8, 10]
+    assert averaging.select_views(table, ["0,11"]).tolist() == [0, 11]
     for words, text in (
         (["time=1"], "views have window, crop, flip"),
         (["window=2"], "there is no window 2"),
@@ -173,12 +173,12 @@ def test_views_are_picked_by_window_crop_and_flip() -> None:
         (["window=0", "11"], "no view is left"),
     ):
         with pytest.raises(UserError, match=text):
-            scoring.select_views(table, words)
+            averaging.select_views(table, words)
 
 
 def test_the_table_of_views_holds_all_subsets() -> None:
     logits, labels = made(7)
-    rows = scoring.views_table(logits, labels)
+    rows = averaging.views_table(logits, labels)
     for (number, mean, low, high), size in zip(rows, (1, 2, 3), strict=True):
         accuracies = [
             float((logits[:, list(s)].astype(np.float64).mean(1).argmax(1) == labels).mean())
@@ -242,7 +242,7 @@ def test_greedy_fit_and_temperature_from_validation(tmp_path: Path, capsys: pyte
         assert sum(fitted["weights"]) == pytest.approx(1)
         assert fitted["weights"][2] > fitted["weights"][0]
         parts = [made(m + 20, skill=m / 2)[0] * 4 for m in range(3)]
-        hot = [scoring.fit_temperature(p, labels) for p in parts]
+        hot = [averaging.fit_temperature(p, labels) for p in parts]
         assert fitted["temperatures"] == pytest.approx(hot)
     assert "best single" in capsys.readouterr().out
 

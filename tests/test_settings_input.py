@@ -214,7 +214,7 @@ def test_bounds() -> None:
 )  # fmt: skip
 def test_a_setting_that_cannot_run_is_refused_before_anything_is_opened(word: str) -> None:
     """The settings that were accepted and ended in a traceback, in NaN, or hours later."""
-    from vac_ddp.job_model import check_grammar
+    from vac_ddp.training.model_setup import check_grammar
 
     name, _, _ = word.partition("=")
     with pytest.raises(UserError) as caught:
@@ -236,7 +236,7 @@ def test_settings_that_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("preset", ["quickstart", "hmdb51_videomae_base", "scratch_small", None])
 def test_doctor_recommends_only_what_can_be_set(preset: str | None) -> None:
-    from vac_ddp.tools.doctor import smaller_model
+    from vac_ddp.commands.doctor_command import smaller_model
 
     words = [f"--config={preset}"] if preset else ["model.weights=null", "model.size=base"]
     recommended = re.findall(r"[a-z]+\.[a-z_]+=[^\s)]+", smaller_model(parsed(*words)))
@@ -244,19 +244,27 @@ def test_doctor_recommends_only_what_can_be_set(preset: str | None) -> None:
 
 
 def test_numbers_of_other_commands_have_bounds_too() -> None:
-    from vac_ddp.tools import audio, audit, ensemble, extract, launch, pack, synth
+    from vac_ddp.commands import (
+        audio_command,
+        audit_command,
+        ensemble_command,
+        extract_command,
+        pack_command,
+        synth_command,
+        train_command,
+    )
 
     for main, words in (
-        (extract.main, ["a", "b", "--rate=inf"]),
-        (extract.main, ["a", "b", "--workers=-1"]),
-        (audit.main, ["a", "--workers=0"]),
-        (audit.main, [".", "data.val_fraction=nan"]),
-        (pack.main, ["a", "b", "--shard-mib=-1"]),
-        (synth.main, ["a", "--workers=-3"]),
-        (audio.main, ["--data", "a", "--out", "b", "--lr=nan"]),
-        (ensemble.main, ["--nproc=1", "--data", "a", "--folds", "9" * 30]),
-        (launch.main, ["--nproc", "²"]),
-        (launch.main, ["--nproc", "9" * 5000]),
+        (extract_command.main, ["a", "b", "--rate=inf"]),
+        (extract_command.main, ["a", "b", "--workers=-1"]),
+        (audit_command.main, ["a", "--workers=0"]),
+        (audit_command.main, [".", "data.val_fraction=nan"]),
+        (pack_command.main, ["a", "b", "--shard-mib=-1"]),
+        (synth_command.main, ["a", "--workers=-3"]),
+        (audio_command.main, ["--data", "a", "--out", "b", "--lr=nan"]),
+        (ensemble_command.main, ["--nproc=1", "--data", "a", "--folds", "9" * 30]),
+        (train_command.main, ["--nproc", "²"]),
+        (train_command.main, ["--nproc", "9" * 5000]),
     ):
         with pytest.raises(UserError) as caught:
             main(words)

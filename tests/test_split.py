@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tests.support import shared
 from vac_ddp.data.frame_names import Texts, pack_runs
+from vac_ddp.data.grouping import find_sources, source_of
 from vac_ddp.data.holdout import grouped_folds, grouped_holdout, nearest_subset
 from vac_ddp.data.index import Index
-from vac_ddp.data.official import read_official
-from vac_ddp.data.sources import find_sources, source_of
+from vac_ddp.data.official_lists import read_official
 from vac_ddp.data.split import Split, leak_share, make_split, parse_fold, random_split, read_split, write_split
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings

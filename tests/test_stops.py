@@ -15,8 +15,8 @@ import pytest
 from tests.runs import Workplace, no_orphans, one_line
 from tests.support import environment
 from vac_ddp.cli import COMMANDS
-from vac_ddp.engine.lock import RunLock, is_held
 from vac_ddp.errors import UserError
+from vac_ddp.runtime.lock import RunLock, is_held
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vac_ddp.errors import UserError
-from vac_ddp.inference.submission import (
+from vac_ddp.results.submission import (
     natural_key,
     parse,
     sample_note,

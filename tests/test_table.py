@@ -10,9 +10,9 @@ import pytest
 
 from vac_ddp import cli
 from vac_ddp import config as settings_io
+from vac_ddp.commands import table_command
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
-from vac_ddp.tools import table
 
 
 def make_run(folder: Path, top1: list[float | None], *, rate: float = 1e-3, **settings: object) -> Path:
@@ -38,7 +38,7 @@ def test_seeds_of_one_setting_are_one_line(tmp_path: Path, capsys: pytest.Captur
         make_run(tmp_path / f"{rate}-{seed}", [0.1, None, value, 0.2], rate=rate, seed=seed)
         for (rate, seed), value in best.items()
     ]
-    made = table.lines(runs)
+    made = table_command.lines(runs)
     assert [line.words for line in made] == [("optim.lr=0.001",), ("optim.lr=0.0005",)]
     assert [line.top1 for line in made] == [(0.5, 0.7), (0.25, 0.25)]
     assert [line.loss for line in made] == [pytest.approx((0.5, 0.3)), (0.75, 0.75)]
@@ -58,6 +58,6 @@ def test_one_run_has_no_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_what_is_no_trained_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run directory"):
-        table.main([str(tmp_path)])
+        table_command.main([str(tmp_path)])
     with pytest.raises(UserError, match="not been validated"):
-        table.main([str(make_run(tmp_path / "new", [None]))])
+        table_command.main([str(make_run(tmp_path / "new", [None]))])

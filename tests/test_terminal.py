@@ -17,7 +17,7 @@ import pytest
 
 from tests.runs import Workplace
 from tests.support import environment
-from vac_ddp.engine.table import TABLE, one_of_few, table_row
+from vac_ddp.report.epoch_table import TABLE, one_of_few, table_row
 from vac_ddp.report.terminal import fitted
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.settings import LogSettings

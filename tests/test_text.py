@@ -20,10 +20,10 @@ from tests.support import shared
 from vac_ddp import cli, files, predict, train
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
-from vac_ddp.inference.submission import submission_after
-from vac_ddp.inference.viewsfile import read_views
 from vac_ddp.report import html
 from vac_ddp.report.lines import Lines
+from vac_ddp.results.logits_file import read_views
+from vac_ddp.results.submission import submission_after
 from vac_ddp.settings import DataSettings
 from vac_ddp.text import escape_output, escaped, original, printable, printable_values
 

@@ -12,8 +12,9 @@ import torch
 
 from tests.runs import Workplace, assert_same_end, one_line
 from tests.support import environment
-from vac_ddp import config, job
-from vac_ddp.inference.viewsfile import read_views
+from vac_ddp import config
+from vac_ddp.results.logits_file import read_views
+from vac_ddp.training import job
 
 pytestmark = pytest.mark.distributed
 

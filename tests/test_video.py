@@ -13,10 +13,10 @@ import pytest
 
 from tests.support import REPO
 from tests.test_extract import levels, make_video, picture, with_matrix
-from vac_ddp import prediction
-from vac_ddp.data.video import DamagedVideo, VideoFile
+from vac_ddp.commands.extract_command import main
+from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
-from vac_ddp.tools.extract import main
+from vac_ddp.predicting import prediction
 
 av = pytest.importorskip("av", reason="video files need PyAV")
 

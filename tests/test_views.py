@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vac_ddp.data.sampling import test_windows as windows
+from vac_ddp.data.clip_sampling import test_windows as windows
 from vac_ddp.errors import UserError
-from vac_ddp.inference.views import deal, video_costs, view_table
-from vac_ddp.inference.viewsfile import ViewsHead, read_views, write_views
+from vac_ddp.results.logits_file import ViewsHead, read_views, write_views
+from vac_ddp.scoring.views import deal, video_costs, view_table
 from vac_ddp.settings import ClipSettings, ViewSettings
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.test_videomae import TINY, clips, official_logits, official_state, randomise
 from vac_ddp.errors import UserError
-from vac_ddp.models import Loaded, build_model, file_state, load_model, sources
-from vac_ddp.models.weights import IMAGENET_MEAN
+from vac_ddp.models import Loaded, build_model, file_state, load_model, weight_files
+from vac_ddp.models.load_report import IMAGENET_MEAN
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 CLASSES = ["climb_stairs", "jump", "ride_bike"]
@@ -391,7 +391,7 @@ def test_our_checkpoint_comes_back_bit_for_bit(tmp_path, as_directory):
         assert torch.equal(tensor, second.model.state_dict()[name]), name
     with torch.no_grad():
         assert torch.equal(first.model(clips()), second.model(clips()))
-    source = sources.open_own(path)
+    source = weight_files.open_own(path)
     assert (source.classes, source.metrics) == (CLASSES, {"top1": 0.5})
 
 
@@ -428,7 +428,7 @@ def test_the_starting_notebooks_checkpoint(tmp_path, mean_pooling):
         torch.testing.assert_close(loaded.model(video), twin(video).logits, atol=1e-5, rtol=0)
     assert "order is taken to be ours" in loaded.report.head
     with pytest.raises(UserError, match="no checkpoint of vac_ddp"):
-        sources.open_own(tmp_path / "best_videomae.pt")
+        weight_files.open_own(tmp_path / "best_videomae.pt")
 
 
 def test_a_checkpoint_of_another_kind_of_model_is_named(tmp_path):

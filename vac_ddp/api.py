@@ -21,14 +21,15 @@ import numpy as np
 import torch
 
 from vac_ddp import config as settings_io
-from vac_ddp import distributed, prediction
 from vac_ddp.checks import check_prediction
 from vac_ddp.errors import UserError, plain
-from vac_ddp.inference import scoring
-from vac_ddp.inference.forward import Scorer
-from vac_ddp.inference.viewsfile import read_views
-from vac_ddp.metrics import log_softmax
-from vac_ddp.models.sources import Source, open_own
+from vac_ddp.models.weight_files import Source, open_own
+from vac_ddp.predicting import prediction
+from vac_ddp.results import averaging
+from vac_ddp.results.logits_file import read_views
+from vac_ddp.results.metrics import log_softmax
+from vac_ddp.runtime import distributed
+from vac_ddp.scoring.forward import Scorer
 from vac_ddp.settings import Config
 
 
@@ -126,7 +127,7 @@ def predict(
         task = prediction.make_task(config, model.source, index, model.device)
         prediction.score(task, config, scorer, index, out, overwrite=False, stop=lambda: 0, quiet=True)
         found = read_views(out)
-    scores = scoring.average_views(found.logits, method=config.predict.average)
+    scores = averaging.average_views(found.logits, method=config.predict.average)
     shares = np.exp(log_softmax(scores))
     order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
     return [

@@ -9,28 +9,31 @@ import traceback
 from collections.abc import Callable
 
 from vac_ddp import __version__, errors
-from vac_ddp.monitor import stopped_by_signals
-from vac_ddp.status import end_at_once, unbroken_stdout, write_status
+from vac_ddp.runtime.exit_status import end_at_once, unbroken_stdout, write_status
+from vac_ddp.runtime.monitor import stopped_by_signals
 from vac_ddp.text import escape_output
 
 COMMANDS = {
-    "init": ("vac_ddp.tools.init", "look at your frames and write settings that fit them"),
-    "train": ("vac_ddp.tools.launch", "train a classifier (--nproc N: under torchrun)"),
+    "init": ("vac_ddp.commands.init_command", "look at your frames and write settings that fit them"),
+    "train": ("vac_ddp.commands.train_command", "train a classifier (--nproc N: under torchrun)"),
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
-    "score": ("vac_ddp.tools.score", "turn views files into scores, ensembles and a submission"),
-    "ensemble": ("vac_ddp.tools.ensemble", "train folds and seeds, and score their views together"),
-    "audio": ("vac_ddp.tools.audio", "train a classifier of the videos' sound, to be scored with the picture's"),
-    "soup": ("vac_ddp.tools.soup", "average the weights of several runs of one model"),
-    "report": ("vac_ddp.tools.report", "write report.html of a run, with curves, confusions and mistakes"),
-    "table": ("vac_ddp.tools.table", "best validation figures of several runs side by side"),
-    "runs": ("vac_ddp.tools.runs", "list the runs of a folder: state, best figures, settings that differ"),
-    "plot": ("vac_ddp.tools.plot", "draw the curves of several runs side by side"),
-    "synth": ("vac_ddp.tools.synth", "make a motion data set to try everything out"),
-    "doctor": ("vac_ddp.tools.doctor", "measure this machine, and say what will hold a run back"),
-    "audit": ("vac_ddp.tools.audit", "look for leaks, damage and giveaways in a data set"),
-    "extract": ("vac_ddp.tools.extract", "cut video files into frame folders"),
-    "pack": ("vac_ddp.tools.pack", "put the frames of many videos into few large files"),
-    "export": ("vac_ddp.tools.export", "write a run as a model that others can load"),
+    "score": ("vac_ddp.commands.score_command", "turn views files into scores, ensembles and a submission"),
+    "ensemble": ("vac_ddp.commands.ensemble_command", "train folds and seeds, and score their views together"),
+    "audio": (
+        "vac_ddp.commands.audio_command",
+        "train a classifier of the videos' sound, to be scored with the picture's",
+    ),
+    "soup": ("vac_ddp.commands.soup_command", "average the weights of several runs of one model"),
+    "report": ("vac_ddp.commands.report_command", "write report.html of a run, with curves, confusions and mistakes"),
+    "table": ("vac_ddp.commands.table_command", "best validation figures of several runs side by side"),
+    "runs": ("vac_ddp.commands.runs_command", "list the runs of a folder: state, best figures, settings that differ"),
+    "plot": ("vac_ddp.commands.plot_command", "draw the curves of several runs side by side"),
+    "synth": ("vac_ddp.commands.synth_command", "make a motion data set to try everything out"),
+    "doctor": ("vac_ddp.commands.doctor_command", "measure this machine, and say what will hold a run back"),
+    "audit": ("vac_ddp.commands.audit_command", "look for leaks, damage and giveaways in a data set"),
+    "extract": ("vac_ddp.commands.extract_command", "cut video files into frame folders"),
+    "pack": ("vac_ddp.commands.pack_command", "put the frames of many videos into few large files"),
+    "export": ("vac_ddp.commands.export_command", "write a run as a model that others can load"),
 }
 
 

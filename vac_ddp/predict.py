@@ -7,7 +7,7 @@ The torchrun of Python before 3.12.8 takes `--run` for its own `--run-path` and 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from vac_ddp.monitor import end_imports_quietly
+    from vac_ddp.runtime.monitor import end_imports_quietly
 
     end_imports_quietly()
 
@@ -25,21 +25,21 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 
 from vac_ddp import config as settings_io
-from vac_ddp import distributed
 from vac_ddp.checks import check_prediction
 from vac_ddp.errors import Findings, UserError
-from vac_ddp.inference import scoring, submission
-from vac_ddp.inference.viewsfile import read_views
-from vac_ddp.metrics import log_softmax
-from vac_ddp.monitor import PROCESS
+from vac_ddp.results import averaging, submission
+from vac_ddp.results.logits_file import read_views
+from vac_ddp.results.metrics import log_softmax
+from vac_ddp.runtime import distributed
+from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.settings import Config
-from vac_ddp.status import run_door
 
 if TYPE_CHECKING:
     import torch
 
-    from vac_ddp.engine.signals import StopRequest
-    from vac_ddp.models.sources import Source
+    from vac_ddp.models.weight_files import Source
+    from vac_ddp.runtime.signals import StopRequest
 
 ABOUT = "Predict a test folder, evaluate a labelled one, or name what one video shows."
 CHANGEABLE = ("predict.", "data.", "clip.", "train.precision")
@@ -144,7 +144,7 @@ def kind_of(data: Path) -> Kind:
     """What --data names, by a first look."""
     from vac_ddp.data.pack import is_pack, read_facts
     from vac_ddp.data.scan import IMAGE_SUFFIXES, looks_labelled
-    from vac_ddp.data.video import SUFFIXES
+    from vac_ddp.data.video_reader import SUFFIXES
 
     if not data.exists():
         raise UserError(f"no such data: {data} (expected a folder of videos, one video, a packed set, or a CSV)")
@@ -170,8 +170,8 @@ def predict(argv: list[str]) -> dict[str, Any] | None:
     if options.sample:
         submission.read_sample(options.sample)
     weights = _weights_file(options.weights)
-    from vac_ddp.engine.signals import StopRequest, end_of_allocation, save_by
-    from vac_ddp.models.sources import open_own
+    from vac_ddp.models.weight_files import open_own
+    from vac_ddp.runtime.signals import StopRequest, end_of_allocation, save_by
 
     source = open_own(weights)
     config = prediction_settings(source.config or {}, options, str(weights))
@@ -200,7 +200,7 @@ def _predict_folder(
     options: Options, config: Config, source: Source, device: torch.device, *, labelled: bool, stop: StopRequest
 ) -> None:
     """A folder of videos: views file, submission, scores, and the evaluation where there are labels."""
-    from vac_ddp import prediction
+    from vac_ddp.predicting import prediction
 
     assert options.data is not None
     name = options.part or options.data.resolve().name
@@ -235,7 +235,7 @@ def _predict_folder(
 
 def _predict_one(options: Options, config: Config, source: Source, device: torch.device, kind: Kind) -> None:
     """One video: its best classes are printed, and files are written only where --out says so."""
-    from vac_ddp import prediction
+    from vac_ddp.predicting import prediction
 
     assert options.data is not None
     if distributed.world_size() > 1:
@@ -254,7 +254,7 @@ def _predict_one(options: Options, config: Config, source: Source, device: torch
             raise UserError(f"{options.data}: {done.damage[0] if done.damage else 'no frame of it can be decoded'}")
         if options.out:
             prediction.finish(out, config, options.sample)
-    shares = np.exp(log_softmax(scoring.average_views(views.logits, method=config.predict.average)[0]))
+    shares = np.exp(log_softmax(averaging.average_views(views.logits, method=config.predict.average)[0]))
     for number in np.argsort(-shares, kind="stable")[:TOP].tolist():
         print(f"{shares[number]:.4f}  {views.classes[number]}")
     if faults:
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start_ranks(argv: list[str]) -> int:
     """Check what one process can check, then start the ranks."""
-    from vac_ddp.tools.launch import run_ranks, take_nproc
+    from vac_ddp.commands.train_command import run_ranks, take_nproc
 
     ranks, rest = take_nproc(argv)
     options = parse(rest)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp.errors import USER_ERROR, UserError
-from vac_ddp.status import run_door
+from vac_ddp.runtime.exit_status import run_door
 
 ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many GPUs."
 
@@ -17,14 +17,15 @@ def train(argv: list[str]) -> dict[str, Any] | None:
     from vac_ddp import config  # here and not above: Ctrl-C is answered in good order before anything slow is imported
 
     command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
-    from vac_ddp import distributed, job, job_data, job_model  # torch: only once the settings are known to be good
+    from vac_ddp.runtime import distributed  # torch: only once the settings are known to be good
+    from vac_ddp.training import data_setup, job, model_setup
 
-    job_model.check_grammar(command.config)
+    model_setup.check_grammar(command.config)
     if command.debug:
         _check_debug_directory(Path(command.config.run.dir))
     device = distributed.start(timeout_s=command.config.health.start_timeout_s)
     if command.debug:
-        job_data.debug_data(command.config, command.given)
+        data_setup.debug_data(command.config, command.given)
     with job.open_job(command.config, device, debug=command.debug, notes=command.notes) as opened:
         opened.loop.run()
         opened.finish(report=not command.debug)
@@ -33,10 +34,10 @@ def train(argv: list[str]) -> dict[str, Any] | None:
 
 def _check_debug_directory(folder: Path) -> None:
     """End with one line and status 2, also under --debug, where --debug would replace what is no debug run."""
-    from vac_ddp.engine import run_dir
+    from vac_ddp.training import run_directory
 
     try:
-        run_dir.check_debug(folder)
+        run_directory.check_debug(folder)
     except UserError as error:
         print(f"vac: {error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None

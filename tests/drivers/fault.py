@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from vac_ddp import distributed, job, train
-from vac_ddp.engine import checkpoint, evaluate, loop, step
+from vac_ddp import train
 from vac_ddp.errors import UserError
+from vac_ddp.runtime import distributed
+from vac_ddp.training import checkpoint, job, loop, step, validation
 
 WHAT, *PAIRS = os.environ["FAULT"].split()
 KEYS = dict(pair.split("=") for pair in PAIRS)
@@ -215,7 +216,7 @@ def arm() -> None:
     elif place == "piece":
         wrap(step.Stepper, "_forward_piece", at_second_piece)
     elif place == "validation":
-        wrap(evaluate, "normalise", lambda *_a, **_k: due() and strike())
+        wrap(validation, "normalise", lambda *_a, **_k: due() and strike())
     elif place == "setup":
         wrap(job, "make_stepper", lambda *_a, **_k: due() and strike())
     elif place == "save":

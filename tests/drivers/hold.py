@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vac_ddp import distributed, train
-from vac_ddp.engine import signals, step
+from vac_ddp import train
+from vac_ddp.runtime import distributed, signals
+from vac_ddp.training import step
 
 STEPS = [int(word) for word in os.environ.get("HOLD_AT", "").split(",") if word]
 MARK = os.environ.get("HOLD_MARK", "")

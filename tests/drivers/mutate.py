@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.scan import looks_labelled, scan_root
-from vac_ddp.data.sources import find_sources
 from vac_ddp.data.video_list import read_list
 from vac_ddp.errors import UserError
-from vac_ddp.inference.submission import parse, read_sample, sample_note, submission_after, write_submission
+from vac_ddp.results.submission import parse, read_sample, sample_note, submission_after, write_submission
 from vac_ddp.settings import DataSettings
 
 PIECES = [b",", b";", b"\t", b"|", b" ", b"\n", b"\r", b"\r\n", b'"', b'""', b"\0", b"\xff\xfe", b"\xfe\xff",

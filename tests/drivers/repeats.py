@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from vac_ddp import config, distributed, job
-from vac_ddp.engine.loop import Loop
-from vac_ddp.engine.progress import Validation
-from vac_ddp.engine.step import Stepper
-from vac_ddp.status import run_door
+from vac_ddp import config
+from vac_ddp.runtime import distributed
+from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.training import job
+from vac_ddp.training.loop import Loop
+from vac_ddp.training.progress import Validation
+from vac_ddp.training.step import Stepper
 
 VALIDATION_VIDEOS = 6  # of runs.Workplace
 

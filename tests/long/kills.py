@@ -33,7 +33,7 @@ import torch
 from benchmarks.loader import facts
 from tests.runs import Workplace, assert_same_end, differences
 from tests.support import REPO, environment
-from vac_ddp.engine import checkpoint
+from vac_ddp.training import checkpoint
 
 VICTIMS = ("rank 0", "rank 1", "agent", "loader")
 LIMIT_S = 300.0  # for one thing to happen, on a machine however busy

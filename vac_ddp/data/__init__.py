@@ -1,1 +1,1 @@
-"""Frames on the disk to uint8 clips and device-side augmentation."""
+"""Videos on disk: index, groups, splits; decoding and clip sampling; sampler, data set, loader; augmentation."""

@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 
 from vac_ddp.data.augment import draw_crop_box, draw_parameters
 from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, file_buffer, unit_rows
+from vac_ddp.data.clip_sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, test_windows, train_frames
 from vac_ddp.data.frames import NoFrame, read_clip, view_boxes
 from vac_ddp.data.gpu_decode import Gathering
 from vac_ddp.data.mixing import draw_mixing
 from vac_ddp.data.sampler import Key
-from vac_ddp.data.sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, test_windows, train_frames
 from vac_ddp.errors import UserError
 from vac_ddp.settings import ClipSettings, Config, ViewSettings
 

@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from vac_ddp.data.contents import meaning
+from vac_ddp.data.file_kinds import meaning
 
 FORMATS = ("PNG", "WEBP", "BMP", "GIF")  # what Pillow may open beside JPEG: it has formats that start programs (EPS)
 MAX_PIXELS = 50_000_000  # more are never decoded: a JPEG is reduced to less, other formats are refused

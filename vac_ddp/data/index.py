@@ -15,9 +15,9 @@ import numpy as np
 
 from vac_ddp.data import scan as scanning
 from vac_ddp.data.decode import DamagedFrame, decode_frame
+from vac_ddp.data.folder_levels import better_roots, frames_below
 from vac_ddp.data.frame_names import FrameNames, Texts, is_plain
 from vac_ddp.data.index_file import read_scan, write_scan
-from vac_ddp.data.levels import better_roots, frames_below
 from vac_ddp.data.pack import PackedFrames, is_pack, read_pack
 from vac_ddp.data.scan import Scan, layout, scan_root, unchanged
 from vac_ddp.errors import UserError

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from vac_ddp.data.batch import Batch, TestBatch
 from vac_ddp.data.dataset import TestViews, TrainClips, damage_line
-from vac_ddp.data.processes import LoaderContext, ignore_signals
+from vac_ddp.data.loader_processes import LoaderContext, ignore_signals
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
-from vac_ddp.parent import signal_when_parent_dies
+from vac_ddp.runtime.parent import signal_when_parent_dies
 from vac_ddp.settings import ClipSettings
 
 FILE_BYTES = 1 << 19  # of a large frame; a 1280x720 JPEG of quality 90 takes 200 KB

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DistributedSampler
 
-from vac_ddp.data.sampling import ORDER, generator
+from vac_ddp.data.clip_sampling import ORDER, generator
 from vac_ddp.errors import UserError
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from vac_ddp.data.frame_names import FrameNames, Run, Texts, join_frames, natural_key, pack_runs, runs_of
 from vac_ddp.data.frame_types import matcher, stranger, types_of
-from vac_ddp.data.video import SUFFIXES as VIDEO_SUFFIXES
 from vac_ddp.data.video_list import SUFFIXES as LIST_SUFFIXES
 from vac_ddp.data.video_list import has_labels, read_list
+from vac_ddp.data.video_reader import SUFFIXES as VIDEO_SUFFIXES
 from vac_ddp.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.holdout import grouped_folds, grouped_holdout
 from vac_ddp.data.index import Index
-from vac_ddp.data.official import TEST, TRAIN, official_parts, read_official
-from vac_ddp.data.sources import find_sources
+from vac_ddp.data.official_lists import TEST, TRAIN, official_parts, read_official
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.settings import DataSettings

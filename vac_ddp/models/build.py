@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from vac_ddp.errors import UserError
-from vac_ddp.models import pretrained, sources, videomae
-from vac_ddp.models.weights import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
+from vac_ddp.models import videomae, videomae_weights, weight_files
+from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 
@@ -20,15 +20,15 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
     Raises UserError when weights cannot be had, lack a part of the backbone, or do not fit.
     """
     own = None
-    if settings.weights is not None and (settings.name == "videomae" or sources.is_own(settings.weights)):
-        own = sources.open_source(settings.weights, revision=settings.revision)
+    if settings.weights is not None and (settings.name == "videomae" or weight_files.is_own(settings.weights)):
+        own = weight_files.open_source(settings.weights, revision=settings.revision)
         _refuse_other_model(own, settings)
     if settings.name != "videomae":
         if own is not None and own.own:
             return _load_own(own, settings, clip, classes, seed=seed)
         return _build_other(settings, clip, len(classes), seed=seed)
     if own is not None:
-        return pretrained.load_videomae(own, settings, clip, classes, seed=seed)
+        return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
     model = build_model(settings, clip, len(classes), seed=seed)
     mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
     report = LoadReport(source="none", missing=list(model.state_dict()), mean=mean, std=std)
@@ -70,7 +70,7 @@ def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
 
 def architecture_of(settings: ModelSettings, clip: ClipSettings) -> videomae.Architecture:
     """The VideoMAE that the sizes in the settings describe: by name, by numbers, or by both (numbers go first)."""
-    width, depth, heads, mlp, patch = pretrained.SIZES.get(settings.size or "", (None, None, None, None, 16))
+    width, depth, heads, mlp, patch = videomae_weights.SIZES.get(settings.size or "", (None, None, None, None, 16))
     width, depth, heads = settings.width or width, settings.depth or depth, settings.heads or heads
     if width is None or depth is None or heads is None:
         raise UserError(
@@ -116,13 +116,13 @@ def _build_other(
 
         return build_frame_vit(settings, clip, num_classes, seed=seed)
     if settings.name == "hf":
-        from vac_ddp.models.hf import build_hf
+        from vac_ddp.models.hf_adapter import build_hf
 
         return build_hf(settings, clip, num_classes, seed=seed, architecture=saved, stored=stored)
     raise UserError(f"model.name={settings.name} is none of videomae, lsvit, frame_vit, hf")
 
 
-def _refuse_other_model(source: sources.Source, settings: ModelSettings) -> None:
+def _refuse_other_model(source: weight_files.Source, settings: ModelSettings) -> None:
     saved = (source.architecture or {}).get("name") or (source.config or {}).get("model", {}).get("name")
     if saved is not None and saved != settings.name:
         raise UserError(f"{source.path} holds a model of the kind {saved}: set model.name={saved}")
@@ -144,7 +144,7 @@ _OF_ARCHITECTURE = (
 
 
 def _load_own(
-    source: sources.Source, settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int
+    source: weight_files.Source, settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int
 ) -> Loaded:
     """A checkpoint of a model that keeps its own names: all of it fits, but perhaps the classifier."""
     saved, facts = (source.config or {}).get("model", {}), source.architecture or {}
@@ -159,19 +159,19 @@ def _load_own(
     return Loaded(model=loaded.model, report=report, mean=loaded.mean, std=loaded.std)
 
 
-def put_own(model: nn.Module, source: sources.Source, classes: list[str]) -> LoadReport:
+def put_own(model: nn.Module, source: weight_files.Source, classes: list[str]) -> LoadReport:
     """Put a checkpoint's tensors into a freshly built model, bit for bit, and say what became of the classifier."""
     report = LoadReport(source=source.asked, kind=source.kind, file=str(source.path), sha256=source.sha256)
     ours, head = model.state_dict(), model.head_names()
-    rows = pretrained.match_classes(source.classes, len(source.classes or []), classes, report)
+    rows = videomae_weights.match_classes(source.classes, len(source.classes or []), classes, report)
     kept = {name: tensor for name, tensor in source.state.items() if rows is not None or name not in head}
     if rows is not None:
         kept |= {name: kept[name][rows] for name in head & kept.keys()}
     drawn = head if rows is None else set()
-    pretrained.refuse_missing(source, sorted(ours.keys() - kept.keys() - drawn))
+    videomae_weights.refuse_missing(source, sorted(ours.keys() - kept.keys() - drawn))
     if strange := sorted(kept.keys() - ours.keys()):
         raise UserError(f"{source.path} is another architecture: there is no place for {some(strange)}")
-    pretrained.refuse_misfits(source, kept, ours)
+    videomae_weights.refuse_misfits(source, kept, ours)
     model.load_state_dict(kept, strict=False)
     report.used, report.missing, report.unused = len(kept), sorted(drawn), sorted(source.state.keys() - kept.keys())
     report.covered = sum(t.numel() for t in kept.values()) / sum(t.numel() for t in ours.values())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.timm_backbone import (
     backbone_depths,
     classify,
@@ -26,7 +27,6 @@ from vac_ddp.models.timm_backbone import (
     keep_factors,
     seeded,
 )
-from vac_ddp.models.weights import Loaded
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 

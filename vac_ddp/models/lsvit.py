@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.timm_backbone import (
     backbone_depths,
     classify,
@@ -28,7 +29,6 @@ from vac_ddp.models.timm_backbone import (
     keep_factors,
     seeded,
 )
-from vac_ddp.models.weights import Loaded
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 

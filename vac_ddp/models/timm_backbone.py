@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
-from vac_ddp.models import sources
-from vac_ddp.models.sources import Source
-from vac_ddp.models.weights import Loaded, LoadReport
+from vac_ddp.models import weight_files
+from vac_ddp.models.load_report import Loaded, LoadReport
+from vac_ddp.models.weight_files import Source
 from vac_ddp.schema import fault
 from vac_ddp.settings import ModelSettings
 
@@ -136,7 +136,7 @@ def _find(settings: ModelSettings) -> Source:
 
     weights, name = str(settings.weights), settings.backbone
     if Path(weights).expanduser().exists():
-        return sources.open_source(weights)
+        return weight_files.open_source(weights)
     asked = weights.removeprefix("hf-hub:")
     stem = asked.removeprefix("timm/")
     if timm.is_model(stem):
@@ -145,13 +145,13 @@ def _find(settings: ModelSettings) -> Source:
         cfg = timm.get_pretrained_cfg(stem)
         if cfg is None or not cfg.hf_hub_id:
             raise UserError(f"model.weights={weights}: timm has no hub weights of that name; give a file, or null")
-        return sources.open_source(cfg.hf_hub_id, revision=settings.revision)
+        return weight_files.open_source(cfg.hf_hub_id, revision=settings.revision)
     if not weights.startswith(("hf-hub:", "timm/")):
         raise UserError(
             f"model.weights={weights} is neither a file nor a timm name: for model.backbone={name} give a file or "
             f"directory with timm's tensor names, {_example(name)}, hf-hub:ID, or null for random weights"
         )
-    return sources.open_source(asked, revision=settings.revision)
+    return weight_files.open_source(asked, revision=settings.revision)
 
 
 def _example(name: str) -> str:
@@ -168,7 +168,7 @@ def _configuration(source: Source, cfg: dict[str, Any], name: str) -> dict[str, 
     if theirs is not None and str(theirs).split(".")[0] != name.split(".")[0]:
         raise UserError(f"model.weights={source.asked} is a {theirs}: give model.backbone={theirs} to use it")
     found = {**cfg, **beside.get("pretrained_cfg", {})}
-    for field, kind in (("mean", sources.Three), ("std", sources.Deviations)):
+    for field, kind in (("mean", weight_files.Three), ("std", weight_files.Deviations)):
         if problem := fault(list(found[field]) if isinstance(found[field], tuple) else found[field], kind):
             raise UserError(f"{source.path.parent / 'config.json'}: pretrained_cfg.{field}: {problem}; correct it")
     return found

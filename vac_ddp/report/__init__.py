@@ -1,1 +1,1 @@
-"""What a run tells people: console, JSON lines, W&B, HTML."""
+"""What a run tells people: terminal, log, services, report.html."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vac_ddp.metrics import Metrics
 from vac_ddp.report import plots
+from vac_ddp.results.metrics import Metrics
 from vac_ddp.text import printable
 
 # Nothing may be fetched and nothing may run: what is not in the file is not in the report.

@@ -1,0 +1,1 @@
+"""Sound of videos: spectrograms and an image model on them."""

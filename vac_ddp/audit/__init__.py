@@ -1,0 +1,1 @@
+"""What in a data set would spoil a result: findings and their report."""

@@ -1,0 +1,1 @@
+"""One file per command of `vac`: its arguments and what it prints."""

@@ -1,0 +1,288 @@
+"""`vac ensemble --folds K --seeds 0,1 ...`: train the members, predict with each, and score their views together.
+
+Every member is a run of its own in a process of its own, started as `vac train run.resume=auto`: the same command
+started again goes on where it was, and a member that is finished is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from vac_ddp import config as settings_io
+from vac_ddp import errors
+from vac_ddp.checks import number
+from vac_ddp.commands import score_command, train_command
+from vac_ddp.errors import Interrupted, UserError
+from vac_ddp.files import write_text
+from vac_ddp.results import averaging, evaluation, submission
+from vac_ddp.results.logits_file import Views, read_views
+from vac_ddp.settings import Config
+
+ABOUT = "Train grouped folds and seeds, predict with every member, and score their views together."
+OWN = ("seed", "data.fold", "run.resume", "run.overwrite")  # settings that the members get from here
+# Handed down to the member that runs; a terminal that went away asks it to save and end as well.
+FORWARDED = {
+    **{number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)},
+    signal.SIGHUP: signal.SIGTERM,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One run of the ensemble: its directory, and the settings in which it differs from the others."""
+
+    folder: Path
+    words: tuple[str, ...]
+
+
+def plan(base: Path, *, folds: int | None, seeds: Sequence[int]) -> list[Member]:
+    """The members, seed by seed and fold by fold. UserError for fewer than two folds, or a seed given twice."""
+    if folds is not None and folds < 2:
+        raise UserError(f"--folds {folds}: at least 2, or leave it out for members that differ by their seed only")
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {','.join(map(str, seeds))}: a seed is there twice, and would give the same member")
+    made = []
+    for seed in seeds:
+        for fold in range(1, folds + 1) if folds else [None]:
+            name = f"fold{fold}of{folds}_seed{seed}" if fold else f"seed{seed}"
+            words = [f"seed={seed}", *([f"data.fold={fold}/{folds}"] if fold else [])]
+            made.append(Member(folder=base / name, words=(*words, f"run.dir={base / name}", "run.resume=auto")))
+    return made
+
+
+@dataclass(kw_only=True)
+class Pooled:
+    """Scores (V, K) of videos by the members that did not train on them, with labels (V,) and sources."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+    sources: list[str]
+
+
+def pool(files: Sequence[Views], *, method: averaging.Method = "mean-logits") -> Pooled:
+    """Put the validation parts of all members together: a video that several held out gets the mean of their scores.
+
+    UserError where they do not have the same classes in the same order.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    known: dict[str, tuple[int, str]] = {}
+    for file in files:
+        if file.classes != files[0].classes:
+            raise UserError(f"{file.path} has other classes than {files[0].path}: they are no members of one ensemble")
+        for name, label, source, row in zip(
+            file.ids,
+            file.labels.tolist(),
+            file.sources,
+            averaging.average_views(file.logits, method=method),
+            strict=True,
+        ):
+            found.setdefault(name, []).append(row)
+            known[name] = (label, source)
+    combined = [averaging.combine([r[None] for r in rows], [1.0] * len(rows), method=method) for rows in found.values()]
+    return Pooled(
+        scores=np.concatenate(combined),
+        labels=np.array([label for label, _ in known.values()], np.int64),
+        sources=[source for _, source in known.values()],
+    )
+
+
+# ---------------------------------------------------------------- the program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, predict and score all members; returns the exit status. Raises UserError and Interrupted."""
+    ranks, rest = train_command.take_nproc(list(argv or []))
+    options, words = _parse(rest)
+    config = settings_io.parse(words, program="vac ensemble", about=ABOUT).config
+    seeds = _seeds(options.seeds) if options.seeds else [config.seed]
+    members = plan(Path(config.run.dir).expanduser(), folds=options.folds, seeds=seeds)
+    validated = _check(options, config, [*words, *members[0].words], ranks)
+    out = Path(options.out) if options.out else Path(config.run.dir) / "ensemble"
+    findings = 0
+    with children() as run:
+        for number, member in enumerate([] if options.score_only else members, start=1):
+            print(f"member {number} of {len(members)}: {member.folder}", flush=True)
+            predict = ["predict", "--nproc", str(ranks), "--run", str(member.folder)]
+            predict += [word for word in words if word.startswith("predict.")]
+            for command in (
+                ["train", "--nproc", str(ranks), *words, *member.words],
+                *([[*predict, "--part", "val"]] if validated else []),
+                [*predict, "--data", options.data, "--out", str(prediction_folder(member, options.data))],
+            ):
+                status = run(command)
+                if status == errors.INTERRUPTED:
+                    raise Interrupted(f"{member.folder} was interrupted: the same command goes on from there")
+                if status not in (errors.DONE, errors.FINDINGS):
+                    print(f"vac: {member.folder}: vac {command[0]} ended with status {status}", file=sys.stderr)
+                    return status if status > 0 else 128 - status
+                findings |= status
+    files = [read_views(member.folder / "predictions" / "val") for member in members] if validated else []
+    score_command.main(_score_words(options, members, out, [str(file.path) for file in files]))
+    if files:
+        _summarise(members, files, out, averaging.method_for(files, options.method))
+    return findings
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of `vac ensemble` itself, and the words for `vac train`."""
+    parser = argparse.ArgumentParser(
+        prog="vac ensemble",
+        description=ABOUT,
+        allow_abbrev=False,
+        epilog="--config FILE, run.dir=DIR and every other group.name=value are those of vac train, for all members; "
+        "--nproc N: ranks of a member.",
+    )
+    add = parser.add_argument
+    add(
+        "--folds",
+        type=number(int, low=2, high=1000),
+        metavar="K",
+        help="K members a seed, each with one of K grouped folds held out",
+    )
+    add("--seeds", metavar="S,S,...", help="seeds of the members (default: the setting `seed`)")
+    add("--data", default="data_test", metavar="DIR", help="the test folder (default: data_test)")
+    add("--method", choices=averaging.METHODS, help="what is averaged (default: predict.average of the predictions)")
+    add("--choose", choices=("mean", "greedy", "fit"), default="mean", help="weights of the members: equal, or chosen "
+        "on the validation data that all share (data.val=DIR)")  # fmt: skip
+    add("--temperature", action="store_true", help="fit a temperature for each member on its validation part")
+    add("--sample", metavar="CSV", help="write the submission after the rows of this sample_submission.csv")
+    add("--out", metavar="DIR", help="where the results go (default: RUN.DIR/ensemble)")
+    add("--score-only", action="store_true", help="the members were trained and predicted elsewhere (slurm/kfold.sh)")
+    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
+    options, words = parser.parse_known_args(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in OWN:
+            raise UserError(f"{word}: the members of an ensemble get {name} from --seeds, --folds and their run.dir")
+        if name == "run.dir" and not value:
+            raise UserError("run.dir= names no directory")
+    return options, words
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text}: expected whole numbers with commas, as 0,1,2") from None
+
+
+def _check(options: argparse.Namespace, config: Config, first: list[str], ranks: int) -> bool:
+    """Everything that can be told before hours of training; returns whether members have a validation part."""
+    from vac_ddp.predict import kind_of
+
+    if kind_of(Path(options.data).expanduser()) not in ("test", "labelled"):
+        raise UserError(f"--data {options.data} is one video: an ensemble scores a folder of videos")
+    if options.sample:
+        submission.read_sample(options.sample)
+    if options.choose != "mean" and not config.data.val:
+        raise UserError(f"--choose {options.choose}: members that hold out different videos share none to choose on; "
+                        "set data.val=DIR, or leave it out")  # fmt: skip
+    train_command.check_first(first, ranks)
+    data = config.data
+    validated = bool(data.val or options.folds or data.official_lists or data.fold or data.val_fraction > 0)
+    if options.temperature and not validated:
+        raise UserError("--temperature needs a validation part: data.val_fraction is 0")
+    return validated
+
+
+def prediction_folder(member: Member, data: str) -> Path:
+    """Where a member's prediction of the test folder goes."""
+    name = Path(data).expanduser().resolve().name
+    return member.folder / "predictions" / ("test" if name == "val" else name)  # val: the member's own part
+
+
+def _score_words(options: argparse.Namespace, members: Sequence[Member], out: Path, validation: list[str]) -> list[str]:
+    """The words of the `vac score` that puts the members together."""
+    words = [str(prediction_folder(member, options.data)) for member in members]
+    words += ["--no-table", "--out", str(out), *(["--method", options.method] if options.method else [])]
+    words += ["--sample", options.sample] if options.sample else []
+    words += [f"--{options.choose}", *validation] if options.choose != "mean" else []
+    return words + (["--temperature-from", *validation] if options.temperature else [])
+
+
+def _summarise(members: Sequence[Member], files: Sequence[Views], out: Path, method: averaging.Method) -> None:
+    """Print the members' validation accuracy and that of all of them pooled, and write it under `out`."""
+    found = [
+        evaluation.evaluate(averaging.average_views(f.logits, method=method), f.labels, f.classes, f.sources)
+        for f in files
+    ]
+    width = max(len(member.folder.name) for member in members)
+    table = ["member,videos,top1,mean_class,loss"]
+    print(f"\n{'validation':<{width}}  videos   top-1   mean class   loss")
+    for member, one in zip(members, found, strict=True):
+        m = one.metrics
+        print(f"{member.folder.name:<{width}}  {m.count:>6}  {m.top1:.4f}       {m.mean_class:.4f}  {m.loss:.4f}")
+        table.append(f"{member.folder.name},{m.count},{m.top1:.6f},{m.mean_class:.6f},{m.loss:.6f}")
+    top1 = [one.metrics.top1 for one in found]
+    spread = f", deviation {np.std(top1, ddof=1):.4f}" if len(top1) > 1 else ""
+    print(f"top-1 of {len(top1)} members: mean {np.mean(top1):.4f}{spread}\n")
+    pooled = pool(files, method=method)
+    whole = evaluation.evaluate(pooled.scores, pooled.labels, files[0].classes, pooled.sources)
+    print("every held-out video, by the members that did not train on it")
+    print("\n".join(evaluation.lines(whole)))
+    write_text(out / "members.csv", "\n".join(table) + "\n")
+    evaluation.write_evaluation(out / "held_out", whole)
+
+
+# ---------------------------------------------------------------- processes
+
+
+@contextmanager
+def children() -> Iterator[Any]:
+    """A function that runs `vac WORDS...` in a process of its own and returns its status; signals go down to it.
+
+    Each is in a session of its own, so that a key press reaches it once, by way of this process. After a signal none
+    is started any more: the function raises Interrupted.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    asked = 0
+
+    def hand_down(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = number
+        if child is not None and child.poll() is None:
+            child.send_signal(FORWARDED[signal.Signals(number)])
+
+    def run(words: Sequence[str]) -> int:
+        nonlocal child
+        if not asked:
+            environment = {name: value for name, value in os.environ.items() if name != "VAC_STATUS_FILE"}
+            child = subprocess.Popen(
+                [sys.executable, "-m", "vac_ddp.cli", *words], env=environment, start_new_session=True
+            )
+            if asked:  # it came while the process was being made
+                child.send_signal(FORWARDED[signal.Signals(asked)])
+            status = child.wait()
+            before_it_listened = asked and status == -FORWARDED[signal.Signals(asked)]
+            if not (asked and status in (errors.DONE, errors.FINDINGS)) and not before_it_listened:
+                return status
+        raise Interrupted(f"{signal.Signals(asked).name}: the same command goes on from here")
+
+    before = {number: signal.signal(number, hand_down) for number in FORWARDED}
+    try:
+        yield run
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    from vac_ddp.cli import run as run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""`vac plot RUN...`: curves of several runs side by side, as one PNG."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from vac_ddp.commands.items import each
+from vac_ddp.errors import DONE, FINDINGS, UserError
+from vac_ddp.files import write_atomic
+from vac_ddp.report import plots
+from vac_ddp.report.lines import MetricsLine, read_metrics
+
+ABOUT = "Draw loss, accuracy, learning rate and speed of several runs side by side."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the runs and write the picture; returns the exit status: 3 where a run was left out."""
+    parser = argparse.ArgumentParser(prog="vac plot", description=ABOUT, allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+    parser.add_argument("--out", metavar="FILE", default="curves.png", help="what to write (default: curves.png)")
+    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
+    options = parser.parse_args(argv)
+    out = Path(options.out).expanduser()
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: a name that ends in .png")
+    paths = named(options.runs)
+    read, problems = each(paths, lambda name: (name, read_curves(Path(paths[name]))))
+    if not read:
+        raise UserError(problems[0])
+    picture = plots.compare(dict(read))
+    write_atomic(out, lambda stream: stream.write(picture))
+    print("\n".join([f"curves  {out}", *problems]))
+    return FINDINGS if problems else DONE
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+def named(runs: list[str]) -> dict[str, str]:
+    """The runs by the ends of their paths, as short as they differ."""
+    parts = [Path(run).expanduser().resolve().parts for run in dict.fromkeys(runs)]
+    length = 1
+    while len({path[-length:] for path in parts}) < len({*parts}):
+        length += 1
+    return {"/".join(path[-length:]): str(Path(*path)) for path in parts}
+
+
+def read_curves(run: Path) -> list[MetricsLine]:
+    """The lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} is no run directory: it has no metrics.jsonl")
+    lines = [line for line in read_metrics(run) if line["kind"] in ("train", "epoch")]
+    if not lines:
+        raise UserError(f"{path} has no figures yet: wait for the first {run.name} writes, or leave it out")
+    return lines
+
+
+if __name__ == "__main__":
+    from vac_ddp.cli import run as run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

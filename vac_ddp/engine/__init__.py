@@ -1,1 +1,0 @@
-"""One optimizer step, the epochs around it, and what makes them safe to interrupt."""

@@ -1,0 +1,1 @@
+"""A run's best model as files that others load."""

@@ -1,1 +1,0 @@
-"""Views of a video, their logits, scores and submissions."""

@@ -1,0 +1,127 @@
+"""What a load did (the report), and the state that goes to files and comes back from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vac_ddp.errors import UserError
+from vac_ddp.models import tensor_names
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(kw_only=True)
+class LoadReport:
+    """Where a model's weights came from and what became of every part. Nothing is dropped in silence.
+
+    missing: parameters of ours that the source did not have and that were drawn anew (never one of the backbone).
+    unused: tensors of the source without a place here. covered: share of our parameters that were loaded, 0 to 1.
+    """
+
+    source: str
+    kind: str = "from scratch"
+    file: str | None = None
+    sha256: str | None = None
+    used: int = 0
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    covered: float = 0.0
+    qv_biases: str = ""
+    head: str = "drawn"
+    pooling: str = ""
+    positions: str = ""
+    eps: str = ""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    normalisation: str = "ImageNet's"
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    def lines(self) -> list[str]:
+        """The report for the log, one fact a line."""
+        rows = [("weights", f"{self.source} ({self.kind})")]
+        if self.file:
+            rows.append(("file", f"{self.file}  sha256 {(self.sha256 or '')[:16]}"))
+        if self.used:
+            rows.append(("loaded", f"{self.used} tensors, {100 * self.covered:.2f} % of the parameters"))
+        for title, items in (("drawn anew", self.missing), ("not used", self.unused), ("reshaped", self.reshaped)):
+            if items and self.used:
+                rows.append((title, some(items)))
+        for title in ("qv_biases", "head", "pooling", "positions", "eps"):
+            if value := getattr(self, title):
+                rows.append((title.replace("qv_biases", "q, v biases"), value))
+        numbers = " / ".join(" ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
+        rows.append(("mean/std", f"{numbers} ({self.normalisation})"))
+        rows += [("note", note) for note in self.notes]
+        return [f"{title:<12} {text}" for title, text in rows]
+
+
+def some(items: list[str], limit: int = 6) -> str:
+    """A count and the first few of many names."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return f"{len(items)}: {', '.join(items[:limit])}{more}"
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """A model ready to train or predict, what its load did, and what its pixels are normalised with.
+
+    architecture: plain types; saved beside the weights it lets `load_model` build the same model again.
+    """
+
+    model: nn.Module
+    report: LoadReport
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What the checkpoint needs beside the tensors: the model's own account (if it has one), mean and std."""
+        account = getattr(self.model, "architecture", dict)
+        return {**account(), "mean": list(self.mean), "std": list(self.std)}
+
+
+def file_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state under the names that go to best_<model>.pt, on the CPU, sharing no memory with the model.
+
+    VideoMAE takes the names that Hugging Face's VideoMAEForVideoClassification has in memory, so that its
+    `load_state_dict` takes the file as it is; other models keep their own.
+    """
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return tensor_names.to_hf(state, model.arch) if _is_videomae(model) else state
+
+
+def load_file_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the state that `file_state` gave back, bit for bit; a name or shape that does not fit is a UserError."""
+    if _is_videomae(model):
+        state, lacking, _ = tensor_names.from_source(
+            state, model.state_dict(), tensor_names.HF, pooling=model.arch.pooling
+        )
+        if lacking:
+            raise UserError(f"the saved weights lack {some(lacking)}: they are of another model")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"the saved weights are of another model: {first}") from None
+
+
+def _is_videomae(model: nn.Module) -> bool:
+    from vac_ddp.models.videomae import VideoMAE
+
+    return isinstance(model, VideoMAE)
+
+
+def generator(seed: int) -> torch.Generator:
+    """The generator that new weights are drawn with; the global one is left alone."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Prediction of a data set: what is scored, part files, resume."""

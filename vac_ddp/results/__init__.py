@@ -1,0 +1,1 @@
+"""Logits files and what follows from them: averages, figures, submissions. numpy only."""

@@ -1,0 +1,1 @@
+"""Training runs: from settings to the best weights, safe to interrupt."""
