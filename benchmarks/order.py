@@ -173,6 +173,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from vac_ddp.cli import run
+    from vac_ddp.runtime.exit_status import run_command
 
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

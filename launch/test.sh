@@ -15,6 +15,10 @@ set_up
 say "ruff"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
+if "$python" -c 'import importlinter' 2>/dev/null; then
+    say "layers"
+    "$python" -c 'from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))'
+fi
 if command -v shellcheck >/dev/null; then
     say "shellcheck"
     git ls-files '*.sh' .ci/run | xargs shellcheck -x

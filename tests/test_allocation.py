@@ -103,7 +103,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_name_at_wandb(tmp_pa
 def test_whose_lock_was_taken_over_ends(tmp_path: Path, given_back: bool) -> None:
     """slurmd dies, its job runs on unseen, and SLURM starts it again on another node."""
     program = (
-        "import sys, time, pathlib; from vac_ddp.engine import lock; lock.BEAT_S = 0.05\n"
+        "import sys, time, pathlib; from vac_ddp.runtime import lock; lock.BEAT_S = 0.05\n"
         "lock.RunLock(pathlib.Path(sys.argv[1])).take(); print('taken', flush=True); time.sleep(60)"
     )
     old = subprocess.Popen(

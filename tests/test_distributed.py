@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 PROGRAM = """
 import os, torch
-from vac_ddp import distributed as d
+from vac_ddp.runtime import distributed as d
 from vac_ddp.errors import UserError
 
 d.start(torch.device("cpu"), timeout_s=60)

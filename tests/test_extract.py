@@ -290,14 +290,14 @@ def test_a_killed_extraction_leaves_no_folder_and_the_next_one_sweeps(tmp_path: 
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from vac_ddp.tools import extract\n"
+        "from vac_ddp.commands import extract_command\n"
         "write, calls = Path.write_bytes, [0]\n"
         "def stop(self, data):\n"
         "    calls[0] += 1\n"
         "    if calls[0] == 15: os.kill(os.getpid(), 9)\n"
         "    return write(self, data)\n"
         "Path.write_bytes = stop\n"
-        f"extract.main([{str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, '--workers', '0'])\n"
+        f"extract_command.main([{str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, '--workers', '0'])\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", script], cwd=REPO, env=environment(), capture_output=True, check=False

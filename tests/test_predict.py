@@ -517,9 +517,10 @@ def test_parts_of_another_shape_or_with_a_video_twice_do_not_count(tmp_path: Pat
 MANY = """
 import sys
 from pathlib import Path
-from vac_ddp import distributed, predict
-from vac_ddp.inference import run
-run.CHUNK_BYTES = 700  # several chunks even of five videos
+from vac_ddp import predict
+from vac_ddp.predicting import all_videos
+from vac_ddp.runtime import distributed
+all_videos.CHUNK_BYTES = 700  # several chunks even of five videos
 trained, out, *folders = sys.argv[1:]
 for folder in folders:
     where = Path(out) / Path(folder).name
@@ -558,11 +559,11 @@ def test_an_error_on_one_rank_ends_all_in_one_line(trained: Path, data: dict[int
     code = """
 import os, sys
 from vac_ddp import predict
-from vac_ddp.inference import parts
+from vac_ddp.predicting import part_files
 if os.environ["RANK"] == "1":
     def save_part(out, records):
         raise OSError(28, "No space left on device")
-    parts.save_part = save_part
+    part_files.save_part = save_part
 sys.exit(predict.main(sys.argv[1:]))
 """
     (tmp_path / "full.py").write_text(code)
@@ -598,8 +599,10 @@ import json, os, random, signal, socket, sys, time
 from pathlib import Path
 import numpy as np
 import torch  # imported once: a fork is ready in no time
-from vac_ddp import job, predict, prediction
-from vac_ddp.inference import forward, parts, run
+from vac_ddp import predict
+from vac_ddp.predicting import all_videos, part_files, prediction
+from vac_ddp.scoring import forward
+from vac_ddp.training import job
 
 trained, folder, out, log = sys.argv[1:]
 rng = random.Random(int(os.environ["SEED"]))

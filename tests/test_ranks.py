@@ -53,9 +53,9 @@ def test_a_rank_that_is_stuck_in_native_code_ends_all(place: Workplace, library:
 ONE_IS_STOPPED = """
 import os, signal, sys
 from vac_ddp import predict
-from vac_ddp.inference import run
+from vac_ddp.predicting import all_videos
 
-real = run.scored_videos
+real = all_videos.scored_videos
 
 def stopped(scorer, videos):
     for number, video in enumerate(real(scorer, videos)):
@@ -64,7 +64,7 @@ def stopped(scorer, videos):
         yield video
 
 if os.environ["RANK"] == "1" and not os.environ.get("UNDISTURBED"):
-    run.scored_videos = stopped
+    all_videos.scored_videos = stopped
 sys.exit(predict.main(sys.argv[1:]))
 """
 

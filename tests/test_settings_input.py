@@ -13,8 +13,8 @@ import pytest
 
 from tests.sweep import VALUES, numeric_settings, sweep_together, sweep_words
 from vac_ddp import checks, config
-from vac_ddp.cli import run
 from vac_ddp.errors import Interrupted, UserError
+from vac_ddp.runtime.exit_status import run_command
 from vac_ddp.settings import Bounds, Config
 
 
@@ -170,9 +170,9 @@ def test_exceptions_for_the_user_are_one_line_at_every_outlet(capsys: pytest.Cap
     def program(argv: list[str]) -> int:
         raise Interrupted(f"stopped at {argv[0]}", step=3) if argv[1:] else UserError(f"no file {argv[0]}")
 
-    assert run(program, ["a\nb\u2029\x07\udcff"]) == 2
+    assert run_command(program, ["a\nb\u2029\x07\udcff"]) == 2
     assert capsys.readouterr().err == "vac: no file a\\nb\\u2029\\x07\\udcff\n"
-    assert run(program, ["a\nb", "more"]) == 75
+    assert run_command(program, ["a\nb", "more"]) == 75
     assert capsys.readouterr().err == "vac: stopped at a\\nb\n"
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vac_ddp.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from vac_ddp.api import Classifier, Prediction, load, predict
 
-__version__ = "0.1.0"
 __all__ = ["Classifier", "Prediction", "__version__", "load", "predict"]
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-import traceback
-from collections.abc import Callable
 
-from vac_ddp import __version__, errors
-from vac_ddp.runtime.exit_status import end_at_once, unbroken_stdout, write_status
-from vac_ddp.runtime.monitor import stopped_by_signals
-from vac_ddp.text import escape_output
+from vac_ddp import errors
+from vac_ddp.runtime.exit_status import run_command
+from vac_ddp.version import VERSION
 
 COMMANDS = {
     "init": ("vac_ddp.commands.init_command", "look at your frames and write settings that fit them"),
@@ -40,7 +37,7 @@ COMMANDS = {
 def usage() -> str:
     """The commands, a line each."""
     lines = [
-        f"vac {__version__}: video action classification with DDP",
+        f"vac {VERSION}: video action classification with DDP",
         "",
         "usage: vac COMMAND ... (--help after it)",
         "",
@@ -48,26 +45,9 @@ def usage() -> str:
     return "\n".join(lines + [f"  {name:<9}{about}" for name, (_, about) in COMMANDS.items()])
 
 
-def run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Call a program and turn what it raises into an exit status and one line. Ctrl-C and SIGTERM are one as well."""
-    escape_output()
-    try:
-        with unbroken_stdout(), stopped_by_signals(end_at_once):
-            return program(argv) or 0
-    except (Exception, KeyboardInterrupt) as caught:
-        error = errors.plain(caught)
-        if errors.exit_status(error) == errors.FAILED:
-            raise
-        if "--debug" in argv:
-            traceback.print_exc()
-        else:
-            print(f"vac: {error}", file=sys.stderr)
-        return write_status(errors.exit_status(error), str(error))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    return run(_command, sys.argv[1:] if argv is None else argv)
+    return run_command(_command, sys.argv[1:] if argv is None else argv)
 
 
 def _command(argv: list[str]) -> int:
@@ -75,7 +55,7 @@ def _command(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else errors.USER_ERROR
     if argv[0] in ("-V", "--version"):
-        print(__version__)
+        print(VERSION)
         return 0
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)

@@ -265,9 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit statuses are in `errors`."""
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--nproc" for word in argv):
-        from vac_ddp.cli import run
+        from vac_ddp.runtime.exit_status import run_command
 
-        return run(_start_ranks, argv)
+        return run_command(_start_ranks, argv)
     return run_door(predict, argv)
 
 

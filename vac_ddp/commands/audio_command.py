@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vac_ddp import __version__
 from vac_ddp import config as settings_io
 from vac_ddp.audio import spectrogram
 from vac_ddp.audio.spectrogram import SoundModel, SoundSettings
@@ -36,6 +35,7 @@ from vac_ddp.results.logits_file import ViewsHead, read_views, write_views
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.training.run_directory import read_classes
+from vac_ddp.version import VERSION
 
 WEIGHTS = "audio.pt"
 NAMED = 5
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         videos = split.val if part is index else np.arange(len(part), dtype=np.int64)
         head, logits = hear(model, heard, videos, groups, counts, classes=content["classes"], windows=options.windows)
         head.about |= {"weights": sha256(out / WEIGHTS), "settings": content["settings"]}
-        head.about |= {"versions": {"vac_ddp": __version__, "torch": torch.__version__}}
+        head.about |= {"versions": {"vac_ddp": VERSION, "torch": torch.__version__}}
         write_views(out / name / VIEWS, head, [logits])
         _say(out / name)
     damaged = [line for some in read for line in some.damaged]
@@ -311,6 +311,6 @@ def _say(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from vac_ddp.cli import run
+    from vac_ddp.runtime.exit_status import run_command
 
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

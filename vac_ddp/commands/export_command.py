@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vac_ddp import __version__, files
 from vac_ddp import config as settings_io
+from vac_ddp import files
 from vac_ddp.data.augment import normalise
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
@@ -32,6 +32,7 @@ from vac_ddp.models import file_state, load_model
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.weight_files import Source, open_own
 from vac_ddp.settings import Config, ViewSettings
+from vac_ddp.version import VERSION
 
 ABOUT = (
     "Write a run's best model so that others can load it: a Hugging Face directory, with --onnx an ONNX file as well."
@@ -313,7 +314,7 @@ def _card(
     parts: Counter[str] = Counter()
     if split.exists():
         parts.update(part for *_, part in split_rows(split))
-    versions = {"vac_ddp": __version__, "torch": torch.__version__}
+    versions = {"vac_ddp": VERSION, "torch": torch.__version__}
     for name in ("transformers",) * hf + ("onnxruntime",) * onnx:
         versions[name] = __import__(name).__version__
     return Card(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from vac_ddp import __version__
 from vac_ddp.data.split import split_rows
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.files import sha256, write_text
@@ -25,6 +24,7 @@ from vac_ddp.results.logits_file import NAME, Views, read_views
 from vac_ddp.results.metrics import log_softmax
 from vac_ddp.schema import read_json
 from vac_ddp.training.run_directory import read_classes
+from vac_ddp.version import VERSION
 
 if TYPE_CHECKING:
     from vac_ddp.data.index import Index
@@ -188,7 +188,7 @@ def gather(run: Path, views: Views | None, strip: Strip, *, note: str = "") -> h
         name=run.resolve().name,
         folder=str(run),
         written=time.strftime("%Y-%m-%d %H:%M"),
-        versions=f"vac_ddp {__version__}",
+        versions=f"vac_ddp {VERSION}",
         epochs=[line for line in lines if line.get("kind") == "epoch"],
         steps=steps,
         events=[_event(line) for line in lines if line.get("kind") == "event"],
@@ -330,6 +330,6 @@ def validation_of(views: Views, strip: Strip) -> html.Validation:
 
 
 if __name__ == "__main__":
-    from vac_ddp.cli import run as run_command
+    from vac_ddp.runtime.exit_status import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

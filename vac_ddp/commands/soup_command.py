@@ -116,6 +116,6 @@ def _check_same(first: Source, other: Source) -> None:
 
 
 if __name__ == "__main__":
-    from vac_ddp.cli import run
+    from vac_ddp.runtime.exit_status import run_command
 
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -114,6 +114,6 @@ def _usage(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    from vac_ddp.cli import run as run_command
+    from vac_ddp.runtime.exit_status import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

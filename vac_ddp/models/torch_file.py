@@ -1,19 +1,21 @@
-"""Read a PyTorch file: tensors and plain values only, no code, and no more memory than the file has bytes for."""
+"""Write and read a PyTorch file: tensors and plain values only, no code, no more memory than the file has bytes for."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.schema import mismatch, stored_zip
 
@@ -137,3 +139,30 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text."""
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:200]
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> tuple[int, str]:
+    """Write `state` by torch.save, atomically; returns (size in bytes, SHA-256)."""
+    made: list[_Hashing] = []
+
+    def save(stream: BinaryIO) -> None:
+        made.append(_Hashing(stream))
+        torch.save(state, made[0])
+
+    files.write_atomic(path, save)
+    return made[0].size, made[0].sha256.hexdigest()
+
+
+class _Hashing:
+    """A file that hashes what passes through it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.sha256, self.size = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self.stream.write(data)
+
+    def flush(self) -> None:
+        self.stream.flush()

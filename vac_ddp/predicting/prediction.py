@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vac_ddp import __version__
 from vac_ddp.data.clip_sampling import test_windows
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.gpu_decode import check_decoder
@@ -39,6 +38,7 @@ from vac_ddp.scoring.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
 from vac_ddp.scoring.views import video_costs, view_table
 from vac_ddp.settings import Config
 from vac_ddp.training.model_setup import AUTOCAST, compile_if_it_works, precision_of
+from vac_ddp.version import VERSION
 
 NAMED = 5
 WORTH_TRYING = 2000  # clips of a rank: half a minute of compiling and trying sizes is a small part of their time
@@ -117,7 +117,7 @@ def make_task(
         weights=source.sha256,
         precision=precision,
         device=device.type,
-        version=__version__,
+        version=VERSION,
         frames=distributed.is_main(),
     )
     return Task(
@@ -134,7 +134,7 @@ def make_task(
                 "settings": settings,
                 "average": config.predict.average,
                 "fingerprint": marks,
-                "versions": {"vac_ddp": __version__, "torch": torch.__version__},
+                "versions": {"vac_ddp": VERSION, "torch": torch.__version__},
             },
         ),
         costs=video_costs(

@@ -67,7 +67,7 @@ def start(device: torch.device | None = None, *, timeout_s: float) -> torch.devi
         set_timeout(timeout_s)
     if active():
         _side_store()
-    PROCESS.connect()
+    PROCESS.connect(sys.modules[__name__])
     error: Exception | None = None
     if device is None:
         try:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from vac_ddp import errors, files
 from vac_ddp.errors import Cause
 from vac_ddp.runtime import ranks
-from vac_ddp.runtime.monitor import PROCESS, does_not_answer
+from vac_ddp.runtime.monitor import PROCESS, does_not_answer, stopped_by_signals
 from vac_ddp.text import escape_output
 
 OUT_OF_MEMORY = (
@@ -55,6 +55,23 @@ def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[s
             return _code(errors.DONE)
     finally:
         PROCESS.stop()
+
+
+def run_command(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Call a program and turn what it raises into an exit status and one line. Ctrl-C and SIGTERM are one as well."""
+    escape_output()
+    try:
+        with unbroken_stdout(), stopped_by_signals(end_at_once):
+            return program(argv) or 0
+    except (Exception, KeyboardInterrupt) as caught:
+        error = errors.plain(caught)
+        if errors.exit_status(error) == errors.FAILED:
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        else:
+            print(f"vac: {error}", file=sys.stderr)
+        return write_status(errors.exit_status(error), str(error))
 
 
 class _Unbroken:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from vac_ddp.errors import FAILED, Cause, Stopped
@@ -82,14 +82,15 @@ class Monitor:
         self._thread.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by `vac train --nproc` until now
 
-    def connect(self) -> None:
-        """Begin to beat in the store of the process group, and to look there for the first cause of an end."""
-        from vac_ddp.runtime import distributed
+    def connect(self, group: ModuleType) -> None:
+        """Begin to beat in the store of the process group, and to look there for the first cause of an end.
 
-        self.group = distributed
+        group: the module `distributed`, which imports this one.
+        """
+        self.group = group
         if self._thread is not None:
             self._raises = True
-            self._store = distributed.side_store("monitor")
+            self._store = group.side_store("monitor")
             self._wake()
 
     def stop(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp import files
-from vac_ddp.training import checkpoint
+from vac_ddp.models.torch_file import write_tensors
 
 FORMAT = 1
 
@@ -33,7 +33,7 @@ class BestFile:
         if self.pending is None:
             return
         epoch, content = self.pending
-        size, digest = checkpoint.write_tensors(self.path, content)
+        size, digest = write_tensors(self.path, content)
         self.written, self.pending = {"epoch": epoch, "bytes": size, "sha256": digest}, None
 
     def intact(self) -> bool:

@@ -7,7 +7,6 @@ same name holds size, SHA-256 and what a person wants to know. A checkpoint with
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -17,13 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
 from vac_ddp import files
 from vac_ddp.errors import UserError
-from vac_ddp.models.torch_file import read_torch
+from vac_ddp.models.torch_file import read_torch, write_tensors
 from vac_ddp.schema import Count, Sha256, read_json
 from vac_ddp.training import discarded_runs
 
@@ -42,33 +41,6 @@ class Companion(TypedDict):
     step: Count
     bytes: Count
     sha256: Sha256
-
-
-class _Hashing:
-    """A file that hashes what passes through it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.sha256, self.size = stream, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return self.stream.write(data)
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
-def write_tensors(path: Path, state: dict[str, Any]) -> tuple[int, str]:
-    """Write `state` by torch.save, atomically; returns (size in bytes, SHA-256)."""
-    made: list[_Hashing] = []
-
-    def save(stream: BinaryIO) -> None:
-        made.append(_Hashing(stream))
-        torch.save(state, made[0])
-
-    files.write_atomic(path, save)
-    return made[0].size, made[0].sha256.hexdigest()
 
 
 def write(folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:

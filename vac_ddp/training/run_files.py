@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vac_ddp import __version__, files
 from vac_ddp import config as settings_io
+from vac_ddp import files
 from vac_ddp.models import Loaded, file_state
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.runtime import distributed
@@ -22,6 +22,7 @@ from vac_ddp.training.progress import Validation
 from vac_ddp.training.same_run import hash_settings
 from vac_ddp.training.saving import Saver
 from vac_ddp.training.step import Stepper
+from vac_ddp.version import VERSION
 
 FORMAT = 1  # of config.yaml (in its first line) and load_report.json
 # Bytes a parameter takes in a checkpoint: weights and two moments in float32; an average is one more.
@@ -46,7 +47,7 @@ def make_saver(
         best=BestFile(folder / f"best_{config.model.name}.pt"),
         facts={
             **checkpoint.environment_facts(),
-            "vac_ddp": __version__,
+            "vac_ddp": VERSION,
             "device": " + ".join(sorted(set(distributed.all_gather_objects(checkpoint.device_name())))),
             "config": settings_io.to_dict(config),
             "hashes": {**data_hashes(data), "settings": hash_settings(settings_io.to_dict(config))},

@@ -1,0 +1,1 @@
+"""Arguments that several programs share, and how a mistake in them is said."""
