@@ -42,8 +42,7 @@ from benchmarks.common import (
     write,
 )
 from vac_ddp.data.batch import Batch
-from vac_ddp.data.loader import to_device, train_loader
-from vac_ddp.data.sampler import StepSampler
+from vac_ddp.data.loader import to_device
 from vac_ddp.errors import DONE
 from vac_ddp.settings import Config
 from vac_ddp.training.meters import collected_by_hand, keep_freed_memory
@@ -211,22 +210,6 @@ class Bench:
         dataset = training_set(index, config, 0)
         return self.repeated(functools.partial(dataset.__getitems__, keys_of(index, 4)), 4)
 
-    def loaded(self, decode: str) -> Run:
-        """Clips that arrive on the device with two loader processes, and nothing else to do."""
-        config = self._settings(data_decode=decode, data_workers=2)
-        dataset = training_set(self.index, config, 0)
-        sampler = StepSampler(dataset.videos.repeat(4096), seed=0, global_batch=8, clips_per_gpu=8, rank=0, world=1)
-
-        def run(watch: Stopwatch) -> float:
-            loader = train_loader(dataset, sampler, workers=2, pin=True)
-            for batch in to_device(loader, self.device):
-                if not watch.tick(len(batch)):
-                    break
-            loader.close()
-            return watch.rate
-
-        return run
-
     def copied(self, side: bool) -> Run:
         """Batches from pinned memory under training steps: on a stream of their own, or waited for."""
         ours = our_training(self.config, self.device)
@@ -392,12 +375,6 @@ def levers(bench: Bench, folder: Path) -> list[Lever]:
             "reduced decode, 1280x720 frames for clips of 112",
             "1.3 to 2",
             lambda: tuple(bench.reduced(on, height=720, width=1280, folder=folder) for on in (True, False)),  # type: ignore[arg-type,return-value]
-        ),
-        Lever(
-            "JPEG decoding on the GPU (data.decode=gpu)",
-            "2 and more with few cores",
-            lambda: (bench.loaded("gpu"), bench.loaded("cpu")),
-            gpu=True,
         ),
     ]
 

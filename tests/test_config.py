@@ -10,6 +10,7 @@ import pytest
 from vac_ddp import config
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
+from vac_ddp.training import same_run
 
 
 def parsed(*words: str) -> Config:
@@ -109,6 +110,33 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert (settings.train.epochs, settings.train.patience, settings.train.global_batch) == (4, 5, 64)
     assert (settings.optim.lr, settings.optim.base_lr) == (0.1, None)
     assert parsed("--config", str(path), "optim.base_lr=1").optim.lr is None
+
+
+def test_a_removed_setting_is_accepted_where_its_value_was_harmless(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("data:\n  decode: cpu\n  prefetch: 3\n")
+    old = config.to_dict(config.read_yaml(file))
+    assert old["data"]["prefetch"] == 3
+    assert "decode" not in old["data"]
+    found = config.from_dict({"data": old["data"] | {"decode": "cpu"}}, where="best.pt")
+    config.override(found, "data.decode=cpu")
+    assert config.to_dict(found) == old
+    assert same_run.check_settings({"config": {"data": old["data"] | {"decode": "cpu"}}}, old, file) == []
+
+
+def test_a_removed_setting_of_another_value_is_one_line(tmp_path: Path) -> None:
+    file, old = tmp_path / "old.yaml", {"data": {"decode": "gpu"}}
+    file.write_text("data:\n  decode: gpu\n")
+    found = Config()
+    for where, read in (
+        (f"{file}: ", lambda: config.read_yaml(file)),
+        ("best.pt: ", lambda: config.from_dict(old, where="best.pt")),
+        ("", lambda: config.override(found, "data.decode=gpu")),
+        (f"{file}: ", lambda: same_run.check_settings({"config": old}, config.to_dict(found), file)),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{where}data.decode=gpu: this setting was removed; frames are")
 
 
 def test_help_lists_every_setting_with_type_default_and_meaning() -> None:

@@ -54,7 +54,7 @@ def test_every_setting_that_changes_a_logit_is_in_the_fingerprint(old: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "word", ["data.reduced_decode=false", "data.decode=gpu", "data.frame_pattern=a_*.jpg", "predict.compile=true",
+    "word", ["data.reduced_decode=false", "data.frame_pattern=a_*.jpg", "predict.compile=true",
              "clip.short_side=300", "clip.short=repeat", "predict.views.flip=true", "predict.views.offsets=1"],
 )  # fmt: skip
 def test_a_difference_is_found_from_both_sides(old: Path, word: str) -> None:
@@ -89,6 +89,14 @@ def test_a_key_that_one_side_lacks_is_a_difference(old: Path) -> None:
             assert len(differences(less, plain)[0]) == 1, name
         assert len(differences(plain, less)[0]) == 1, name
     assert differences({"data": plain["data"]}, plain)[0][0].startswith("weights (none there")
+
+
+def test_a_removed_setting_counts_unless_its_value_was_harmless(old: Path) -> None:
+    plain = marks(old / "data_test")
+    for name in ("data.decode", "decode"):  # the first version recorded it under its last name alone
+        stored = {key: value for key, value in plain.items() if key != "format" or name == "data.decode"}
+        assert differences(stored | {name: "cpu"}, plain)[0] == []
+        assert differences(stored | {name: "gpu"}, plain)[0] == ["data.decode (gpu there, none now)"]
 
 
 def test_other_pictures_under_the_same_names_are_other_data(old: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from vac_ddp.checks import check, expected, leaves, shown, type_name
 from vac_ddp.errors import UserError
-from vac_ddp.settings import Config
+from vac_ddp.settings import REMOVED, Config
 
 PACKAGE = Path(__file__).resolve().parent
 PRESETS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, repository
@@ -94,6 +94,15 @@ def unknown_setting(name: str) -> UserError:
     if not near:
         near = [n for n in names if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
     return UserError(f"unknown setting {shown(name)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+
+
+def was_removed(name: str, value: Any, where: str = "") -> bool:
+    """Whether an earlier version had this setting, and the value changes nothing. UserError for another value."""
+    if name not in REMOVED:
+        return False
+    if value not in REMOVED[name].harmless:
+        raise UserError(f"{where}{name}={shown(value)}: this setting was removed; {REMOVED[name].why}")
+    return True
 
 
 # ---------------------------------------------------------------- reading
@@ -172,6 +181,8 @@ def flatten(node: dict[Any, Any], where: str, prefix: str = "") -> dict[str, Any
     values: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{'null' if key is None else key}"
+        if was_removed(name, value, f"{where}: "):
+            continue
         if name in leaves():
             values[name] = value
         elif not any(known.startswith(f"{name}.") for known in leaves()):
@@ -199,6 +210,8 @@ def override(config: Config, text: str) -> None:
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"'{shown(text)}' is no setting: write group.name=value, or see --help")
+    if was_removed(name, value):
+        return
     if name not in leaves():
         raise unknown_setting(name)
     optional = type(None) in typing.get_args(leaves()[name].type)

@@ -78,9 +78,6 @@ class DataSettings:
         None, "loader processes a rank; default: the cores it has, at most 16", low=0, high=1024
     )
     prefetch: int = setting(4, "batches that each loader process keeps ready", low=1, high=1000)
-    decode: Literal["cpu", "gpu"] = setting(
-        "cpu", "gpu: JPEGs are decoded on the GPU (nvJPEG), for machines with few cores; pixels differ a little"
-    )
     reduced_decode: bool = setting(True, "decode frames much larger than needed at 1/2, 1/4 or 1/8 of their size")
 
 
@@ -343,3 +340,16 @@ class Config:
     health: HealthSettings = field(default_factory=HealthSettings)
     log: LogSettings = field(default_factory=LogSettings)
     run: RunSettings = field(default_factory=RunSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """A setting of an earlier version: values that change nothing are accepted, others are an error that says why."""
+
+    harmless: tuple[str, ...]
+    why: str
+
+
+REMOVED = {
+    "data.decode": Removed(harmless=("cpu",), why="frames are decoded on the CPU, by data.workers processes"),
+}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vac_ddp.data import slots
 from vac_ddp.data.augment import HOST_PARAMETERS
-from vac_ddp.data.gpu_decode import Layout, decode_clips
 
 
 @dataclass(kw_only=True)
@@ -23,7 +22,7 @@ class Batch:
     Rows stand in units: the two clips of a pair (clip r of draw a, clip r of draw b) are neighbours, so an even number
     of rows from an even start is whole pairs; a clip without a partner is among the last R rows.
 
-    clips : (B, T, S, S, 3) uint8; (L,) uint8, JPEG files behind each other, as long as there is a layout
+    clips : (B, T, S, S, 3) uint8
     labels : (B,) int64
     samples : (B,) int64, sample numbers of the epoch
     videos : (B,) int64, numbers in the index
@@ -32,7 +31,6 @@ class Batch:
         own; and the parameters of `mix`
     units : (U, 2) int64, the rows of every pair, -1 for none
     damage : one line for every damaged frame that was met and replaced; a `Loader` names each once
-    layout : where the clips are in the files, with data.decode=gpu; None from `to` on
     """
 
     clips: Tensor
@@ -43,20 +41,18 @@ class Batch:
     params: dict[str, Tensor]
     units: Tensor
     damage: list[str] = field(default_factory=list)
-    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """What the step computes with on `device`; the parameters of `augment_clips` stay in host memory."""
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("labels", "noise")}
-        moved["clips"] = _clips_on(self.clips, self.layout, device, non_blocking)
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("clips", "labels", "noise")}
         params = {
             name: value if name in HOST_PARAMETERS else value.to(device, non_blocking=non_blocking)
             for name, value in self.params.items()
         }
-        return replace(self, params=params, layout=None, **moved)
+        return replace(self, params=params, **moved)
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory (called by the DataLoader's pinning thread)."""
@@ -88,7 +84,6 @@ class TestBatch:
     clip_of_view : (K * crops,) int64, the clip that each view has, where windows of a short video are the same frames
         and are in `clips` once (of a single video, N = 1); None: view i is clip i
     damage : one line for every damaged frame that was met; a `Loader` names each once
-    layout : as in `Batch`
     """
 
     __test__ = False
@@ -100,14 +95,13 @@ class TestBatch:
     decoded: Tensor
     clip_of_view: Tensor | None = None
     damage: list[str] = field(default_factory=list)
-    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.places)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TestBatch:
         """The clips on `device`, the rest stays in host memory."""
-        return replace(self, clips=_clips_on(self.clips, self.layout, device, non_blocking), layout=None)
+        return replace(self, clips=self.clips.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TestBatch:
         """The same with the clips in page-locked memory."""
@@ -124,10 +118,6 @@ class TestBatch:
         vars(self).update(_as_tensors(state))
 
 
-def _clips_on(clips: Tensor, layout: Layout | None, device: torch.device, non_blocking: bool) -> Tensor:
-    return clips.to(device, non_blocking=non_blocking) if layout is None else decode_clips(clips, layout, device)
-
-
 def _as_arrays(fields: dict[str, Any]) -> dict[str, Any]:
     """What goes between processes: the place of the clips in shared memory, all else through the pipe."""
     arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in fields.items()}
@@ -142,16 +132,6 @@ def _as_tensors(fields: dict[str, Any]) -> dict[str, Any]:
 def clip_buffer(*shape: int) -> Tensor:
     """An uint8 tensor to decode into; in a loader process, where a slot is free, in memory that the rank sees."""
     return slots.buffer(math.prod(shape)).view(shape)
-
-
-def file_buffer(files: list[bytes]) -> Tensor:
-    """The files behind each other, (L,) uint8, in a `clip_buffer`."""
-    buffer = clip_buffer(1, max(1, sum(map(len, files))))[0]
-    at = 0
-    for data in files:
-        buffer[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        at += len(data)
-    return buffer
 
 
 def unit_rows(draws: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:

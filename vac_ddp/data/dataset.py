@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,10 +10,9 @@ import torch
 from torch.utils.data import Dataset
 
 from vac_ddp.data.augment import draw_crop_box, draw_parameters
-from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, file_buffer, unit_rows
+from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, unit_rows
 from vac_ddp.data.clip_sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, test_windows, train_frames
 from vac_ddp.data.frames import NoFrame, read_clip, view_boxes
-from vac_ddp.data.gpu_decode import Gathering
 from vac_ddp.data.mixing import draw_mixing
 from vac_ddp.data.sampler import Key
 from vac_ddp.errors import UserError
@@ -61,7 +59,7 @@ class TrainClips(Dataset):
     def __getitem__(self, key: Key | tuple[int, int, int]) -> dict[str, Any]:
         clip = self.settings.clip
         clips = torch.empty((self._repeats, clip.frames, clip.size, clip.size, 3), dtype=torch.uint8)
-        damage = self._read(key, self._into(clips))
+        damage = self._read(key, clips)
         facts, params = self._facts(key), self._params(key)
         return {
             "clips": clips,
@@ -75,17 +73,10 @@ class TrainClips(Dataset):
         clip, repeats = self.settings.clip, self._repeats
         rows, units = unit_rows(len(keys), repeats)
         damage: list[str] = []
-        layout = None
-        if self.settings.data.decode == "gpu":
-            gathering = Gathering(rows.size, clip.frames)
-            for key, places in zip(keys, rows, strict=True):
-                damage += self._read(key, functools.partial(gathering.add, places))
-            clips, layout = file_buffer(gathering.data), gathering.layout(clip.size, (rows.size,))
-        else:
-            clips = clip_buffer(rows.size, clip.frames, clip.size, clip.size, 3)
-            for key, places in zip(keys, rows, strict=True):
-                step = int(places[1] - places[0]) if repeats > 1 else 1
-                damage += self._read(key, self._into(clips[places[0] : places[-1] + 1 : step]))
+        clips = clip_buffer(rows.size, clip.frames, clip.size, clip.size, 3)
+        for key, places in zip(keys, rows, strict=True):
+            step = int(places[1] - places[0]) if repeats > 1 else 1
+            damage += self._read(key, clips[places[0] : places[-1] + 1 : step])
         partner = np.arange(rows.size)
         paired = units[units[:, 1] >= 0]
         partner[paired], partner[paired[:, ::-1]] = paired[:, ::-1], paired
@@ -95,7 +86,7 @@ class TrainClips(Dataset):
         mixing = [self._mixing(key) for key in keys[::2]] or [self._mixing(nothing)]
         params |= _in_rows([mixing[i // 2] for i in range(max(1, len(keys)))], rows)
         params["partner"] = torch.from_numpy(partner)
-        return Batch(clips=clips, params=params, units=torch.from_numpy(units), damage=damage, layout=layout, **facts)
+        return Batch(clips=clips, params=params, units=torch.from_numpy(units), damage=damage, **facts)
 
     @property
     def _repeats(self) -> int:
@@ -107,23 +98,21 @@ class TrainClips(Dataset):
         for sample in range(draw * self._repeats, (draw + 1) * self._repeats):
             yield generator(self.seed, epoch, sample, stream)
 
-    def _into(self, out: torch.Tensor) -> Callable[..., dict[int, str]]:
-        """A function that decodes into `out` (R, T, S, S, 3)."""
-        return functools.partial(read_clip, out=out, reduced=self.settings.data.reduced_decode)
-
-    def _read(self, key: Key | tuple[int, int, int], take: Callable[..., dict[int, str]]) -> list[str]:
-        """Hand the frames and crops of a draw to `take(read, frames, boxes, n_frames=)`; lines about damaged frames."""
+    def _read(self, key: Key | tuple[int, int, int], out: torch.Tensor) -> list[str]:
+        """Decode the clips of a draw into `out` (R, T, S, S, 3). Returns lines about damaged frames."""
         epoch, draw, video = key
         augment = self.settings.augment
         count = int(self.index.frame_counts[video])
         try:
             if not count:
                 raise NoFrame({})
-            damaged = take(
+            damaged = read_clip(
                 self.index.reader(video),
                 train_frames(count, self.settings.clip, generator(self.seed, epoch, draw, FRAMES)),
                 lambda height, width: [draw_crop_box(rng, augment, height, width) for rng in self._rngs(key, CROP)],
+                out,
                 n_frames=count,
+                reduced=self.settings.data.reduced_decode,
             )
         except NoFrame as error:
             raise UserError(_no_frame_message(self.index, video, error)) from error
@@ -173,7 +162,6 @@ class TestViews(Dataset):
         *,
         tolerant: bool,
         reduced: bool = True,
-        decode: str = "cpu",
     ) -> None:
         self.index = index
         self.videos = np.asarray(videos, dtype=np.int64)
@@ -181,7 +169,6 @@ class TestViews(Dataset):
         self.views = views
         self.tolerant = tolerant
         self.reduced = reduced
-        self.decode = decode
         self.short_side = clip.size if clip.short_side is None else clip.short_side
         if self.short_side < clip.size:
             raise UserError(
@@ -202,29 +189,22 @@ class TestViews(Dataset):
         clip_of_view = None
         if len(videos) == 1:
             windows[0], clip_of_view = _distinct(windows[0], crops)
-        each, on_gpu = len(windows[0]) * crops, self.decode == "gpu"
-        gathering = Gathering(len(videos) * each, self.clip.frames)
-        clips = None if on_gpu else clip_buffer(len(videos), each // crops, crops, self.clip.frames, size, size, 3)
+        clips = clip_buffer(len(videos), len(windows[0]), crops, self.clip.frames, size, size, 3)
         damage: list[str] = []
         decoded = []
         for number, (video, frames) in enumerate(zip(videos.tolist(), windows, strict=True)):
-            take = functools.partial(gathering.add, range(number * each, (number + 1) * each))
-            if clips is not None:
-                take = functools.partial(read_clip, out=clips[number].movedim(1, 0), reduced=self.reduced)
             try:
-                damaged = self._read(video, frames, take)
+                damaged = self._read(video, frames, clips[number].movedim(1, 0))
                 decoded.append(True)
             except NoFrame as error:
                 if not self.tolerant:
                     raise UserError(_no_frame_message(self.index, video, error)) from error
-                if clips is not None:
-                    clips[number].zero_()
+                clips[number].zero_()
                 damaged = error.damaged
                 decoded.append(False)
             damage += damage_lines(self.index, video, damaged)
         return TestBatch(
-            clips=file_buffer(gathering.data) if clips is None else clips.flatten(1, 2),
-            layout=gathering.layout(size, (len(videos), each)) if on_gpu else None,
+            clips=clips.flatten(1, 2),
             places=torch.tensor(places, dtype=torch.int64),
             videos=torch.from_numpy(videos),
             labels=torch.from_numpy(self.index.labels[videos].astype(np.int64)),
@@ -233,17 +213,19 @@ class TestViews(Dataset):
             damage=damage,
         )
 
-    def _read(self, video: int, windows: np.ndarray, take: Callable[..., dict[int, str]]) -> dict[int, str]:
-        """Hand the frames (K, T) and crops of a video to `take(read, frames, boxes, n_frames=, tolerant=)`."""
+    def _read(self, video: int, windows: np.ndarray, out: torch.Tensor) -> dict[int, str]:
+        """Decode the frames (K, T) and crops of a video into `out` (crops, K, T, S, S, 3). Returns damaged frames."""
         count = int(self.index.frame_counts[video])
         if not count:
             raise NoFrame({})
         size, crops = self.clip.size, self.views.crops
-        return take(
+        return read_clip(
             self.index.reader(video),
             windows,
             lambda height, width: view_boxes(height, width, size=size, short_side=self.short_side, crops=crops),
+            out,
             n_frames=count,
+            reduced=self.reduced,
             tolerant=self.tolerant,
         )
 

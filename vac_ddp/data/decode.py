@@ -107,11 +107,6 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None if colour in ("CMYK", "YCCK") or height * width > MAX_PIXELS else (height, width)
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a whole, upright JPEG in colour or grey, as far as can be seen without decoding it."""
-    return plain_jpeg_size(data) is not None and data.rstrip(b"\x00").endswith(b"\xff\xd9")
-
-
 def decode_plain_jpeg(data: bytes, factor: int, out: np.ndarray) -> bool:
     """Decode a JPEG of which `plain_jpeg_size` told the size, at 1/factor of it, rounded up, into `out` of that size.
 

@@ -24,7 +24,6 @@ from vac_ddp.errors import UserError
 from vac_ddp.runtime.parent import signal_when_parent_dies
 from vac_ddp.settings import ClipSettings
 
-FILE_BYTES = 1 << 19  # of a large frame; a 1280x720 JPEG of quality 90 takes 200 KB
 NAMED = 50  # videos with damaged frames that a rank names one by one
 
 
@@ -196,9 +195,7 @@ def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin
         workers=workers,
         prefetch=dataset.settings.data.prefetch,
         pin=pin,
-        batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step)
-        * repeats
-        * sent_bytes(clip, dataset.settings.data.decode),
+        batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step) * repeats * clip_bytes(clip),
         held=2 * sampler.loads_of_step(0),  # of a step, and of the one before until it is let go
         named=NAMED,
     )
@@ -207,11 +204,6 @@ def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin
 def clip_bytes(clip: ClipSettings) -> int:
     """Bytes of one clip."""
     return clip.frames * clip.size * clip.size * 3
-
-
-def sent_bytes(clip: ClipSettings, decode: str) -> int:
-    """Bytes of one clip on its way from a loader process, at most as a rule: its pixels, or its files."""
-    return clip_bytes(clip) if decode == "cpu" else max(clip_bytes(clip), clip.frames * FILE_BYTES)
 
 
 def test_loader(
@@ -228,7 +220,7 @@ def test_loader(
         workers=workers,
         prefetch=prefetch,
         pin=pin,
-        batch_bytes=clips * sent_bytes(dataset.clip, dataset.decode),
+        batch_bytes=clips * clip_bytes(dataset.clip),
         held=16,  # clips wait for a pass to be full
         named=None,
     )

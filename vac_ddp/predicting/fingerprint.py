@@ -14,11 +14,11 @@ import numpy as np
 
 from vac_ddp.checks import leaves
 from vac_ddp.data.index import Index
-from vac_ddp.settings import Config
+from vac_ddp.settings import REMOVED, Config
 
 FORMAT = "2"
 RECORDED_AT_FIRST = ("weights", "data", "precision")
-SETTINGS = ("clip.", "predict.views.", "data.decode", "data.reduced_decode", "data.frame_pattern", "predict.compile")
+SETTINGS = ("clip.", "predict.views.", "data.reduced_decode", "data.frame_pattern", "predict.compile")
 SAMPLED = 100  # videos of which a frame is hashed
 LIBRARIES = ("torch", "simplejpeg", "pillow", "pillow-simd", "torchvision")  # they compute, decode or resample
 
@@ -47,11 +47,12 @@ def differences(stored: dict[str, str], now: dict[str, str]) -> tuple[list[str],
     """(what differs between two fingerprints, names that the stored one is too old to have).
 
     A name that either lacks is a difference. Only in a fingerprint without a format a setting that was not recorded
-    counts as its default, and what else was not recorded as equal.
+    counts as its default, and what else was not recorded as equal. Harmless values of removed settings do not count.
     """
     old = "format" not in stored
     if old:
         stored = {("data.decode" if name == "decode" else name): value for name, value in stored.items()}
+    stored = {n: value for n, value in stored.items() if n not in REMOVED or value not in REMOVED[n].harmless}
     missing = [name for name in now if old and name not in stored and name not in RECORDED_AT_FIRST]
     defaults = {_short(name): str(_value(Config(), name)) for name in leaves() if name.startswith(SETTINGS)}
     before = stored | {name: defaults.get(name, now[name]) for name in missing}

@@ -16,7 +16,6 @@ import torch
 
 from vac_ddp.data.clip_sampling import test_windows
 from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.gpu_decode import check_decoder
 from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.index import Index, cache_name, open_index
 from vac_ddp.data.loader import worker_count
@@ -198,7 +197,6 @@ def score(
     quiet: bool = False,
 ) -> Done:
     """Send all views through the model."""
-    check_decoder(config.data.decode, scorer.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     return predict_views(
@@ -211,7 +209,6 @@ def score(
             config.predict.views,
             tolerant=True,
             reduced=config.data.reduced_decode,
-            decode=config.data.decode,
         ),
         out,
         workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),

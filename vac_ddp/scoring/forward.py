@@ -97,8 +97,6 @@ def scored_videos(scorer: Scorer, videos: Iterable[tuple[TestBatch, int]]) -> It
     waiting: deque[_Waiting] = deque()
     scorer.model.eval()
     for batch, damaged in videos:
-        if batch.layout is not None:
-            batch = batch.to(scorer.device)
         (clips,), decoded = batch.clips, bool(batch.decoded)
         waiting.append(
             _Waiting(

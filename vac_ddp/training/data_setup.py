@@ -126,7 +126,6 @@ def make_validation(
         config.val,
         tolerant=False,
         reduced=config.data.reduced_decode,
-        decode=config.data.decode,
     )
     views = config.val.crops * (len(config.val.offsets) if config.val.windows == "offsets" else config.val.count)
     at_once = max(1, stepper.clips_per_gpu // views)

@@ -19,7 +19,6 @@ from vac_ddp import config as settings_io
 from vac_ddp import files
 from vac_ddp.data.augment import flip_guard
 from vac_ddp.data.dataset import TrainClips
-from vac_ddp.data.gpu_decode import check_decoder
 from vac_ddp.data.loader import Batch, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import Interrupted, exit_status
@@ -170,7 +169,6 @@ def _build(
     loaders: list[Any],
 ) -> Job:
     """Model, optimizer and loop; `loaders` gets what must be closed."""
-    check_decoder(config.data.decode, device)
     folder = Path(config.run.dir)
     facts = distributed.broadcast_object(run.facts if run is not None else None)
     resumed = Resumed(

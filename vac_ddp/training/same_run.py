@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vac_ddp.config import was_removed
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 
@@ -71,6 +72,8 @@ def check_settings(facts: Mapping[str, Any], given: dict[str, Any], path: Path) 
         raise UserError(f"checkpoint {path}: the settings in {path.stem}.json are not those that were saved")
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))  # tuples as lists, as they are saved
     before, now = flat(defaults) | flat(saved), flat(given)
+    for name, value in before.items():
+        was_removed(name, value, f"{path}: ")
     notes = []
     for name in sorted(now):
         if before[name] == now[name] or name in CHANGEABLE or name.partition(".")[0] in CHANGEABLE_GROUPS:
