@@ -20,11 +20,11 @@ from tests.runs import Workplace
 from tests.support import environment
 from vac_ddp.errors import UserError
 from vac_ddp.models import build_model
+from vac_ddp.models.compilation import compile_if_it_works, train_pass
 from vac_ddp.scoring.forward import Scorer, pass_size
 from vac_ddp.settings import ClipSettings, ModelSettings
 from vac_ddp.training import meters
 from vac_ddp.training.health import Summary
-from vac_ddp.training.model_setup import compile_if_it_works, train_pass
 from vac_ddp.training.step import StepRecord, phases
 
 CPU = torch.device("cpu")
@@ -227,6 +227,7 @@ def compiled(model: torch.nn.Module, wanted: bool | None, *, default: bool, said
         setting="train.compile",
         wanted=wanted,
         default=default,
+        gather=lambda value: [value],
         say=said.append,
     )
 

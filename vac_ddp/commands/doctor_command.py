@@ -29,10 +29,11 @@ from vac_ddp.doctor.machine_rates import (
 )
 from vac_ddp.errors import UserError
 from vac_ddp.models import build_model
+from vac_ddp.models.compilation import train_pass
+from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.training.meters import GIB, clip_flops, matmul_rate
-from vac_ddp.training.model_setup import AUTOCAST, precision_of, train_pass
 
 ABOUT = "Measure this machine in a minute; say what will hold a run with these settings back, and what changes that."
 SLOW_PASS_S = 6.0  # a pass on the CPU that would take longer is computed from the matrix product

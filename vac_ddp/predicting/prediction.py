@@ -24,6 +24,8 @@ from vac_ddp.data.video_reader import DamagedVideo, VideoFile, need_av, write_fr
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.models import load_model
+from vac_ddp.models.compilation import compile_if_it_works
+from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.models.weight_files import Source
 from vac_ddp.predicting.all_videos import Done, Task, predict_views
 from vac_ddp.predicting.fingerprint import fingerprint
@@ -36,7 +38,6 @@ from vac_ddp.runtime.lock import RunLock
 from vac_ddp.scoring.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
 from vac_ddp.scoring.views import video_costs, view_table
 from vac_ddp.settings import Config
-from vac_ddp.training.model_setup import AUTOCAST, compile_if_it_works, precision_of
 from vac_ddp.version import VERSION
 
 NAMED = 5
@@ -232,6 +233,7 @@ def prepare(scorer: Scorer, config: Config, clips: int) -> None:
         setting="predict.compile",
         wanted=config.predict.compile,
         default=scorer.device.type == "cuda" and clips >= WORTH_TRYING,
+        gather=distributed.all_gather_objects,
         say=say,
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from vac_ddp.models.compilation import zeros_loss
 from vac_ddp.settings import ClipSettings
 from vac_ddp.training.health import Summary
 
@@ -37,9 +38,7 @@ def clip_flops(model: nn.Module, clip: ClipSettings) -> tuple[float, float] | No
     counter = FlopCounterMode(display=False)
     try:
         with counter, sdpa_kernel(SDPBackend.MATH):  # others compute scores again going back
-            clips = torch.zeros(1, clip.frames, 3, clip.size, clip.size, device=device)
-            noise = torch.full((1, model.noise_size), 0.5, device=device)
-            loss = model(clips, noise).sum()
+            loss = zeros_loss(model, clip, 1, device, None)
             forward = counter.get_total_flops()
             torch.autograd.grad(loss, trained, allow_unused=True)
     except (RuntimeError, NotImplementedError):  # out of memory, an operation that cannot be counted

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.compilation import train_pass
 from vac_ddp.settings import ClipSettings
 
 HEADROOM = 0.9  # of the memory that is free: gradients' buckets, optimizer and fragmentation come later
@@ -51,11 +52,7 @@ def _passes(
     torch.cuda.reset_peak_memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory
     try:
-        clips = torch.zeros(size, clip.frames, 3, clip.size, clip.size, device=device)
-        noise = torch.full((size, model.noise_size), 0.5, device=device)
-        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            loss = model(clips, noise).float().sum() * 0.0
-        loss.backward()
+        train_pass(model, clip, size, device, autocast)
         return torch.cuda.max_memory_reserved(device) < HEADROOM * total
     except torch.OutOfMemoryError:
         return False

@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vac_ddp.data import randaugment
 from vac_ddp.data.split import parse_fold
-from vac_ddp.errors import UserError
 from vac_ddp.models import Loaded
 from vac_ddp.models.build import architecture_of
+from vac_ddp.models.compilation import compile_if_it_works, train_pass
+from vac_ddp.models.precision import AUTOCAST, precision_of, run_precision
 from vac_ddp.runtime import distributed
-from vac_ddp.settings import ClipSettings, Config
+from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint
 from vac_ddp.training.checkpoint_content import check_fits
 from vac_ddp.training.data_setup import Data
@@ -29,15 +30,6 @@ from vac_ddp.training.micro_batch_fit import fit_clips
 from vac_ddp.training.optimization import Group, make_groups, make_optimizer
 from vac_ddp.training.step import Stepper
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-
-
-def precision_of(config: Config, device: torch.device) -> str:
-    """The precision that train.precision=auto means on this device."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16" if device.type == "cuda" else "fp32"
-
 
 def check_grammar(config: Config) -> None:
     """Raise UserError for text settings and sizes that the data or the model would refuse, before either is opened."""
@@ -45,24 +37,6 @@ def check_grammar(config: Config) -> None:
     randaugment.parse(config.augment.randaugment)
     if config.model.name == "videomae" and config.model.weights is None:
         architecture_of(config.model, config.clip)
-
-
-def run_precision(config: Config, device: torch.device, facts: dict[str, Any] | None) -> str:
-    """The precision of a run: that of the checkpoint it resumes from, else that of the settings on this device.
-
-    UserError where the device lacks it: a GPU before Ampere only emulates bf16.
-    """
-    saved = None if facts is None else facts.get("precision")
-    if facts is None or saved is None:
-        return precision_of(config, device)
-    here = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    emulated = saved == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if saved not in AUTOCAST or (emulated and here not in str(facts.get("device")).split(" + ")):
-        raise UserError(
-            f"the run was trained in {saved} on {facts.get('device')}, which {here} lacks: resume it where it was "
-            "trained, or start a new run.dir"
-        )
-    return saved
 
 
 @dataclass(kw_only=True)
@@ -111,6 +85,7 @@ def make_stepper(
         setting="train.compile",
         wanted=config.train.compile,
         default=device.type == "cuda",
+        gather=distributed.all_gather_objects,
         say=say,
     )
     network = _wrap(model, config, device)
@@ -142,54 +117,6 @@ def make_stepper(
         device=device, world_size=distributed.world_size(), flops_per_clip=flops and flops[1], matmul=matmul
     )
     return stepper, groups, meters
-
-
-def compile_if_it_works(
-    model: torch.nn.Module,
-    first_pass: Callable[[], None],
-    *,
-    setting: str,
-    wanted: bool | None,
-    default: bool,
-    say: Callable[[str], None],
-) -> bool:
-    """Compile the blocks of a model where it is `wanted`, or `default` where nothing is said; whether they are.
-
-    first_pass: runs the model at the size that counts, so that this size gets kernels of its own. Where nobody asked
-    for it and that fails on any rank, all ranks go on without, and the reason is said; where it was asked for,
-    UserError. To be called before DDP is built.
-    """
-    if not (wanted if wanted is not None else default):
-        return False
-    model.compile_blocks()
-    reason = None
-    try:
-        first_pass()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a dozen kinds: no compiler, no Triton, an operation that it does not know
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    model.zero_grad(set_to_none=True)
-    reasons = [told for told in distributed.all_gather_objects(reason) if told]
-    if not reasons:
-        return True
-    if wanted:
-        raise UserError(f"{setting}=true, but the blocks cannot be compiled ({reasons[0]}); set {setting}=false")
-    for module in model.modules():
-        module._compiled_call_impl = None
-    say(f"compile off: {reasons[0]}")
-    return False
-
-
-def train_pass(
-    model: torch.nn.Module, clip: ClipSettings, clips: int, device: torch.device, autocast: torch.dtype | None
-) -> None:
-    """A forward and backward pass of clips of zeros."""
-    pixels = torch.zeros(clips, clip.frames, 3, clip.size, clip.size, device=device)
-    noise = torch.full((clips, model.noise_size), 0.5, device=device)
-    with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        loss = model(pixels, noise).float().sum() * 0.0
-    loss.backward()
 
 
 def _wrap(model: torch.nn.Module, config: Config, device: torch.device) -> torch.nn.Module:

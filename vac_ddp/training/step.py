@@ -20,6 +20,7 @@ from torch import nn
 from vac_ddp.data.augment import augment_clips
 from vac_ddp.data.loader import Batch
 from vac_ddp.data.mixing import mix, soft_targets
+from vac_ddp.models.precision import autocast
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.settings import Config
 from vac_ddp.training.ema import Ema
@@ -111,8 +112,7 @@ class Stepper:
 
     def forward(self, clips: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Logits (B, K) under autocast."""
-        enabled = self.autocast is not None
-        with torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled):
+        with autocast(self.device, self.autocast):
             return self.network(clips, noise)
 
     def zero_weight_pass(self) -> torch.Tensor:

@@ -1,0 +1,69 @@
+"""torch.compile for the blocks of a model where it works, and the passes of zeros that try it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vac_ddp.errors import UserError
+from vac_ddp.models.precision import autocast
+from vac_ddp.settings import ClipSettings
+
+
+def compile_if_it_works(
+    model: nn.Module,
+    first_pass: Callable[[], None],
+    *,
+    setting: str,
+    wanted: bool | None,
+    default: bool,
+    gather: Callable[[str | None], list[Any]],
+    say: Callable[[str], None],
+) -> bool:
+    """Compile the blocks of a model where it is `wanted`, or `default` where nothing is said; whether they are.
+
+    first_pass: runs the model at the size that counts, so that this size gets kernels of its own. Where nobody asked
+    for it and that fails on any rank, all ranks go on without, and the reason is said; where it was asked for,
+    UserError. gather: the values of all ranks. To be called before DDP is built.
+    """
+    if not (wanted if wanted is not None else default):
+        return False
+    model.compile_blocks()
+    reason = None
+    try:
+        first_pass()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a dozen kinds: no compiler, no Triton, an operation that it does not know
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    model.zero_grad(set_to_none=True)
+    reasons = [told for told in gather(reason) if told]
+    if not reasons:
+        return True
+    if wanted:
+        raise UserError(f"{setting}=true, but the blocks cannot be compiled ({reasons[0]}); set {setting}=false")
+    for module in model.modules():
+        module._compiled_call_impl = None
+    say(f"compile off: {reasons[0]}")
+    return False
+
+
+def zeros_loss(
+    model: nn.Module, clip: ClipSettings, clips: int, device: torch.device, dtype: torch.dtype | None
+) -> Tensor:
+    """A loss of zero, with a graph, of a forward pass of `clips` clips of zeros under autocast to `dtype`."""
+    pixels = torch.zeros(clips, clip.frames, 3, clip.size, clip.size, device=device)
+    noise = torch.full((clips, model.noise_size), 0.5, device=device)
+    with autocast(device, dtype):
+        loss: Tensor = model(pixels, noise).float().sum() * 0.0
+    return loss
+
+
+def train_pass(
+    model: nn.Module, clip: ClipSettings, clips: int, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """A forward and backward pass of clips of zeros."""
+    zeros_loss(model, clip, clips, device, dtype).backward()
