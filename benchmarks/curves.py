@@ -20,7 +20,7 @@ import simplejpeg
 import torch
 
 from benchmarks.common import about_line, arguments, device_of, machine, table, write
-from vac_ddp import config as settings_io
+from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.runtime import distributed
 from vac_ddp.training import job
@@ -56,7 +56,7 @@ def run(folder: Path, name: str, words: list[str], device: torch.device) -> list
         *("checkpoint.every_minutes=null", f"data.train={folder / 'data'}"),
         *(f"data.cache={folder / 'cache'}", f"run.dir={folder / name}", "optim.lr=1e-3", "train.label_smoothing=0"),
     ]
-    settings = settings_io.parse([*common, *words], program="curves", about="").config
+    settings = parse_settings([*common, *words]).config
     losses: list[float] = []
     with job.open_job(settings, device) as opened:
         note = opened.loop.tracker.write

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.loader import facts
-from vac_ddp import config
+from vac_ddp.arguments import parse_settings
 from vac_ddp.commands import synth_command
 from vac_ddp.runtime import distributed
 from vac_ddp.training import health, job
@@ -106,7 +106,7 @@ def main() -> None:
     distributed.barrier()
     words = [*WORDS, f"data.train={folder / 'data' / 'data_train'}", f"run.dir={folder / 'run'}"]
     words += [f"data.cache={folder / 'cache'}", f"checkpoint.every_steps={SAVE_EVERY}"]
-    settings = config.parse(words, program="safety", about="").config
+    settings = parse_settings(words).config
     spent: dict[str, list[float]] = defaultdict(list)
     with job.open_job(settings, device) as opened:
         watch(opened.loop, spent)

@@ -43,7 +43,7 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.loader import planned_clips
-from vac_ddp import config as settings_io
+from vac_ddp.arguments import parse_settings
 from vac_ddp.data.batch import Batch
 from vac_ddp.data.index import Index
 from vac_ddp.data.loader import to_device, train_loader
@@ -236,7 +236,7 @@ def profile(options: Any, device: torch.device, folder: Path, index: Index) -> d
     words += [f"train.global_batch={options.clips}", f"train.clips_per_gpu={options.clips}", "data.group_by=none"]
     words += [f"train.max_steps={options.profile_steps}", "optim.lr=1e-5", "log.every_steps=10", "run.overwrite=true"]
     words += [f"train.epochs={10 * options.profile_steps}", f"train.compile={str(options.compile).lower()}"]
-    settings = settings_io.parse(words, program="train_step", about="").config
+    settings = parse_settings(words).config
     distributed.start(device, timeout_s=120)
     with job.open_job(settings, device) as opened:
         loop = opened.loop

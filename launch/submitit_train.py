@@ -209,9 +209,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 def _run_dir(words: list[str]) -> Path:
     """Where these settings put their run; UserError for settings that training would refuse."""
-    from vac_ddp import config as settings_io
+    from vac_ddp.arguments import parse_settings
 
-    return Path(settings_io.parse(words, program="vac_ddp.train", about="").config.run.dir)
+    return Path(parse_settings(words).config.run.dir)
 
 
 def _kfold(options: argparse.Namespace, module: str, words: list[str], base: Path) -> Plan:

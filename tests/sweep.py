@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from tests.runs import make_videos
-from vac_ddp import checks, config
+from vac_ddp import checks
+from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 from vac_ddp.training import job
@@ -63,7 +64,7 @@ def place(folder: Path) -> list[str]:
 
 def settings_of(words: list[str]) -> Config:
     """The settings, checked as `vac train` checks them before it opens anything."""
-    config_ = config.parse(words, program="sweep", about="").config
+    config_ = parse_settings(words).config
     check_grammar(config_)
     return config_
 

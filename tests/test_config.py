@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from vac_ddp import config
+from vac_ddp.arguments import help_text, parse_settings
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 from vac_ddp.training import same_run
 
 
 def parsed(*words: str) -> Config:
-    return config.parse(list(words), program="test", about="").config
+    return parse_settings(list(words)).config
 
 
 @pytest.mark.parametrize("text", ["00012", "", "[a", "${x}", "a=b=c", "null ", "yes", "1e3", "# no comment", "ü\\n"])
@@ -140,7 +141,7 @@ def test_a_removed_setting_of_another_value_is_one_line(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
-    text = config.help_text("train", "about")
+    text = help_text("train", "about")
     for name, field in config.leaves().items():
         (line,) = [n for n, line in enumerate(text.splitlines()) if line.startswith(f"  {name}  <")]
         assert field.metadata["help"] in text.splitlines()[line + 1]

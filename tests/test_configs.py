@@ -12,6 +12,7 @@ import torch
 
 from tests.support import REPO
 from vac_ddp import config
+from vac_ddp.arguments import parse_settings
 from vac_ddp.data import clip_sampling
 from vac_ddp.data.augment import augment_clips, draw_parameters
 from vac_ddp.data.grouping import find_sources
@@ -25,7 +26,7 @@ ISSUE = {"notebook", "hmdb51_videomae_base", "ucf101_videomae_base", "ssv2_video
 
 
 def read(name: str) -> Config:
-    return config.parse([f"--config={name}"], program="test", about="").config
+    return parse_settings([f"--config={name}"]).config
 
 
 def test_all_presets_are_there() -> None:
@@ -125,7 +126,7 @@ def test_recipes_are_the_published_ones() -> None:
 
 def test_debug_goes_over_any_preset() -> None:
     for path in PRESETS:
-        c = config.parse([f"--config={path}", "--debug"], program="test", about="").config
+        c = parse_settings([f"--config={path}", "--debug"]).config
         assert c.model.weights is None
         assert c.data.workers == 0
         assert c.train.max_steps is not None

@@ -82,12 +82,12 @@ def full_batch_gradients(settings: Config) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_01_any_split_of_the_batch_has_its_gradient(place: Workplace, ranks: int) -> None:
-    from vac_ddp import config
+    from vac_ddp.arguments import parse_settings
 
     words = ["train.global_batch=16", "train.epochs=1", "data.val=null", "data.val_fraction=0"]
     words.append("checkpoint.every_steps=null")
     repeats(place, "gradients", f"grad{ranks}", f"grad{ranks}", *words, ranks=ranks)
-    settings = config.parse(place.arguments("unused", *words), program="", about="").config
+    settings = parse_settings(place.arguments("unused", *words)).config
     expected = full_batch_gradients(settings)
     assert len(expected) == 2  # 21 videos: a batch of 16 and a short one of 5
     for clips in (32, 16, 8, 3):

@@ -16,7 +16,7 @@ from tests.frame_data import MemoryVideos, jpeg
 from tests.runs import Workplace, assert_same_end
 from tests.test_dataset import children_of
 from tests.test_dataset import config as small_config
-from vac_ddp import config
+from vac_ddp.arguments import parse_settings
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.loader import train_loader
 from vac_ddp.data.sampler import StepSampler, epoch_draws
@@ -41,7 +41,7 @@ class Part:
 def train(place: Workplace, run: str, *words: str, stop: int | None) -> Part:
     """Train in this process. SIGTERM comes in step `stop`; the ranks agree one step later, after which it is saved."""
     words = (*WORDS, "checkpoint.every_steps=null", "log.every_steps=1", *words)
-    settings = config.parse(place.arguments(run, *words), program="", about="").config
+    settings = parse_settings(place.arguments(run, *words)).config
     part = Part()
     with job.open_job(settings, torch.device("cpu")) as opened:
         where, run_step = opened.loop.position, opened.loop.stepper.run

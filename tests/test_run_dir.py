@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.runs import Workplace
-from vac_ddp import config, train
+from vac_ddp import train
+from vac_ddp.arguments import parse_settings
 from vac_ddp.commands import runs_command
 from vac_ddp.errors import UserError
 from vac_ddp.runtime import lock
@@ -89,7 +90,7 @@ def test_overwrite_counts_on_the_command_line_only(place: Workplace) -> None:
     # the settings of a run of the first version, which kept how it was started
     old = finished(place, "first_version") / "config.yaml"
     old.write_text(old.read_text().replace("overwrite: false", "overwrite: true"))
-    command = config.parse([f"--config={old}"], program="", about="")
+    command = parse_settings([f"--config={old}"])
     assert not command.config.run.overwrite and "is ignored" in command.notes[0]
     assert "holds a run already" in refused(here(place, "kept", *SHORT, f"--config={old}"))
     assert contents(folder) == before

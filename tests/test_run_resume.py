@@ -15,6 +15,7 @@ import torch
 
 from tests.runs import Workplace, assert_same_end, differences, make_videos
 from vac_ddp import config, predict, train
+from vac_ddp.arguments import parse_settings
 from vac_ddp.models import load_model, rebuild_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 from vac_ddp.training import job, resuming, same_run
@@ -256,7 +257,7 @@ def test_the_precision_is_that_of_the_run(place: Workplace) -> None:
     rewrite(companion, precision="fp8")
     assert "trained in fp8 on cpu, which the CPU lacks" in refused(here(place, "precise", "run.resume=auto"))
     rewrite(companion, precision="bf16")  # as a GPU resolves `auto`
-    settings = config.parse(place.arguments("precise", *SHORT, "run.resume=auto"), program="", about="").config
+    settings = parse_settings(place.arguments("precise", *SHORT, "run.resume=auto")).config
     with contextlib.redirect_stdout(io.StringIO()), job.open_job(settings, torch.device("cpu")) as opened:
         assert opened.loop.stepper.autocast is torch.bfloat16
 

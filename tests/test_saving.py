@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.runs import Workplace, differences
-from vac_ddp import config, files
+from vac_ddp import files
+from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import UserError
 from vac_ddp.report.lines import Lines
 from vac_ddp.training import checkpoint, job
@@ -36,7 +37,7 @@ def train_with(place: Workplace, run: str, at_validation: Callable[[int], object
     Returns what it printed.
     """
     options = ("data.workers=0", "checkpoint.every_steps=null", "train.global_batch=21", *words)
-    settings = config.parse(place.arguments(run, *options), program="", about="").config
+    settings = parse_settings(place.arguments(run, *options)).config
     out = io.StringIO()
     with contextlib.redirect_stdout(out), job.open_job(settings, torch.device("cpu")) as opened:
         loop = opened.loop

@@ -13,8 +13,8 @@ import pytest
 
 from tests.runs import Workplace
 from tests.support import REPO, environment
-from vac_ddp import config as settings_io
 from vac_ddp import errors
+from vac_ddp.arguments import parse_settings
 from vac_ddp.commands import ensemble_command
 from vac_ddp.errors import UserError
 
@@ -39,7 +39,7 @@ def test_folds_and_seeds_are_the_members_of_an_ensemble(launcher: ModuleType) ->
     for commands, member in zip(plan.jobs, members, strict=True):
         (train, trained), (_, val), (predict, test) = commands
         assert (train, predict) == ("vac_ddp.train", "vac_ddp.predict")
-        assert settings_io.parse(trained, program="", about="").config.run.dir == str(member.folder)
+        assert parse_settings(trained).config.run.dir == str(member.folder)
         assert trained[-4:] == list(member.words)
         assert val == ["--", "--run", str(member.folder), "--part", "val"]
         assert test[-1] == str(member.folder / "predictions" / "test")
@@ -49,7 +49,7 @@ def test_folds_and_seeds_are_the_members_of_an_ensemble(launcher: ModuleType) ->
 def test_a_grid_is_every_combination_in_a_directory_of_its_own(launcher: ModuleType) -> None:
     words = ["sweep", "--grid", "optim.lr=1e-3,1e-4", "seed=0,1", "--", "run.dir=runs/s"]
     plan = launcher.make_plan(launcher.parse(words))
-    found = [settings_io.parse(commands[0][1], program="", about="").config for commands in plan.jobs]
+    found = [parse_settings(commands[0][1]).config for commands in plan.jobs]
     assert [(one.optim.lr, one.seed) for one in found] == [(1e-3, 0), (1e-3, 1), (1e-4, 0), (1e-4, 1)]
     assert plan.finish == ["table", *(one.run.dir for one in found)] and len(set(plan.finish)) == 5
     assert {one.run.resume for one in found} == {"auto"}

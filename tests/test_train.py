@@ -13,6 +13,7 @@ import torch
 from tests.runs import Workplace, assert_same_end, one_line
 from tests.support import environment
 from vac_ddp import config
+from vac_ddp.arguments import parse_settings
 from vac_ddp.results.logits_file import read_views
 from vac_ddp.training import job
 
@@ -253,7 +254,7 @@ def test_even_steps_reach_the_loop(tmp_path: Path) -> None:
     sizes = {}
     for even in ("false", "true"):
         words = place.arguments(f"even_{even}", f"train.even_steps={even}", "data.workers=0")
-        settings = config.parse(words, program="", about="").config
+        settings = parse_settings(words).config
         with job.open_job(settings, torch.device("cpu")) as opened:
             loop = opened.loop
             sizes[even] = [loop.samples_of_step(step) for step in range(loop.steps_per_epoch)]

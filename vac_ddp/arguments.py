@@ -1,1 +1,123 @@
-"""Arguments that several programs share, and how a mistake in them is said."""
+"""Arguments: the parser of all programs, numbers within bounds, and the settings of a training program."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vac_ddp.checks import check, leaves, shown, type_name
+from vac_ddp.config import find_config, one_rate, override, read_yaml, to_yaml
+from vac_ddp.errors import UserError
+from vac_ddp.settings import Bounds, Config
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations; an error is a UserError of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], float]:
+    """A `type=` for argparse: text to a number within bounds (see `settings.Bounds`)."""
+    allowed = Bounds(**bounds)
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if (value := kind(text)) in allowed:
+                return value
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {allowed}; got {shown(text)}")
+
+    return read
+
+
+@dataclass(kw_only=True)
+class CommandLine:
+    """What was asked for: the settings, the flags that are no settings, and lines about what was ignored."""
+
+    config: Config
+    debug: bool
+    given: list[str]
+    notes: list[str]
+
+
+def parse_settings(argv: list[str], *, program: str = "", about: str = "") -> CommandLine:
+    """Settings of a training program from its arguments. Raises UserError; --help and --print-config end here."""
+    parser = ArgumentParser(prog=program, add_help=False)
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    flags, words = parser.parse_known_args(argv)
+    if flags.help:
+        print(help_text(program, about))
+        raise SystemExit(0)
+    for word in words:
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word, ["--config", "--debug", "--print-config", "--help"], 1)
+            raise UserError(f"unknown flag {shown(word)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    config, notes = Config(), []
+    if flags.config:
+        path = find_config(flags.config)
+        config = read_yaml(path)
+        notes = _leave_out_overwrite(config, path)
+    if flags.debug:
+        config = read_yaml(find_config("debug"), config)
+    one_rate(config, [name for name, _, value in (w.partition("=") for w in words) if value != "null"])
+    for word in words:
+        override(config, word)
+    check(config)
+    if flags.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return CommandLine(config=config, debug=flags.debug, given=words, notes=notes)
+
+
+def _leave_out_overwrite(config: Config, path: Path) -> list[str]:
+    """run.overwrite=true discards a run, so it counts where it was typed, not where a file brings it along.
+
+    Returns a line where the file is the config.yaml of a run, which says how that run was started; else UserError.
+    """
+    if not config.run.overwrite:
+        return []
+    config.run.overwrite = False
+    if path.name == "config.yaml" and (path.parent / "log.txt").exists():
+        return [f"{path}: run.overwrite=true is how that run was started; it is ignored here"]
+    raise UserError(f"{path}: run.overwrite=true counts only on the command line: remove it from the file")
+
+
+def help_text(program: str, about: str) -> str:
+    """The flags, then every setting with its type, default and meaning."""
+    lines = [
+        f"usage: {program} [--config FILE] [--debug] [--print-config] [group.name=value ...]",
+        "",
+        about,
+        "",
+        "  --config FILE    settings as YAML, or a preset's name (see configs/)",
+        "  --debug          one process, no workers, plain tracebacks, a tiny model and a few steps, in runs/debug",
+        "  --print-config   print all settings as they would be used, and end",
+        "",
+        "Settings (group.name=value):",
+    ]
+    group = ""
+    for name, field in leaves().items():
+        head = name.rsplit(".", 1)[0] if "." in name else ""
+        if head != group:
+            lines.append("")
+            group = head
+        default = functools.reduce(getattr, name.split("."), Config())
+        text = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        bounds = f"  ({field.metadata['bounds']})" if field.metadata["bounds"] else ""
+        lines.append(f"  {name}  <{type_name(field.type)}>  = {text or chr(39) * 2}{bounds}")
+        lines.append(f"      {field.metadata['help']}")
+    return "\n".join(lines)

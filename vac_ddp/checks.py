@@ -5,18 +5,15 @@ Nothing is opened here. What takes torch or the data to know is checked by `job_
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 import os
 import types
 import typing
-from collections.abc import Callable
 from typing import Any
 
 from vac_ddp.errors import UserError
-from vac_ddp.settings import Bounds, ClipSettings, Config, ViewSettings
+from vac_ddp.settings import ClipSettings, Config, ViewSettings
 
 CLIP_BYTES = 1 << 30  # of one decoded clip; 64 frames of 448 pixels take 39 MB
 PREDICTION = ("data.", "clip.", "model.", "predict.")  # groups that a prediction uses
@@ -108,19 +105,6 @@ def check_bounds(config: Config, groups: tuple[str, ...] = ("",)) -> None:
         numbers = value if isinstance(value, list | tuple) else [value]
         if bounds and any(n not in bounds for n in numbers if isinstance(n, int | float)):
             raise UserError(f"{name}={shown(','.join(map(str, numbers)))}: expected {expected(field)}")
-
-
-def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], float]:
-    """A `type=` for argparse: text to a number within bounds (see `settings.Bounds`)."""
-    allowed = Bounds(**bounds)
-
-    def read(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if (value := kind(text)) in allowed:
-                return value
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {allowed}; got {shown(text)}")
-
-    return read
 
 
 def check_clips(clip: ClipSettings) -> None:

@@ -1,4 +1,4 @@
-"""Settings from YAML and the command line: the one place that knows either.
+"""Settings from YAML, text and checkpoints: the one place that reads them.
 
 A YAML file has the groups and names of `settings.Config`; `group.name=value` on the command line overrides it. The text
 behind the first `=` is read by the type of its setting, so that a text setting takes any text as it is.
@@ -6,7 +6,6 @@ behind the first `=` is read by the type of its setting, so that a text setting 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import difflib
@@ -15,11 +14,10 @@ import os
 import types
 import typing
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vac_ddp.checks import check, expected, leaves, shown, type_name
+from vac_ddp.checks import expected, leaves, shown
 from vac_ddp.errors import UserError
 from vac_ddp.settings import REMOVED, Config
 
@@ -31,16 +29,6 @@ DEEPEST = 150  # levels of lists and groups in it, whatever the limit of Python;
 NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 CONTENT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1
-
-
-@dataclass(kw_only=True)
-class CommandLine:
-    """What was asked for: the settings, the flags that are no settings, and lines about what was ignored."""
-
-    config: Config
-    debug: bool
-    given: list[str]
-    notes: list[str]
 
 
 # ---------------------------------------------------------------- names and types
@@ -127,7 +115,7 @@ def read_yaml(path: Path, base: Config | None = None) -> Config:
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no settings: expected lines as 'train:' and '  epochs: 20'")
     values = flatten(loaded, str(path))
-    _one_rate(config, [name for name, value in values.items() if value is not None])
+    one_rate(config, [name for name, value in values.items() if value is not None])
     for name, value in values.items():
         _set(config, name, value.replace("\\${", "${") if isinstance(value, str) else value, where=f"{path}: ")
     return config
@@ -218,63 +206,13 @@ def override(config: Config, text: str) -> None:
     _set(config, name, None if value == "null" and optional else value)
 
 
-def parse(argv: list[str], *, program: str, about: str) -> CommandLine:
-    """Settings of a training program from its arguments. Raises UserError; --help and --print-config end here."""
-    parser = argparse.ArgumentParser(prog=program, description=about, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE")
-    parser.add_argument("--debug", action="store_true")
-    parser.add_argument("--print-config", action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.error = _usage_error  # type: ignore[method-assign]  # argparse offers no other way to keep one line
-    flags, words = parser.parse_known_args(argv)
-    if flags.help:
-        print(help_text(program, about))
-        raise SystemExit(0)
-    for word in words:
-        if word.startswith("-"):
-            near = difflib.get_close_matches(word, ["--config", "--debug", "--print-config", "--help"], 1)
-            raise UserError(f"unknown flag {shown(word)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    config, notes = Config(), []
-    if flags.config:
-        path = find_config(flags.config)
-        config = read_yaml(path)
-        notes = _leave_out_overwrite(config, path)
-    if flags.debug:
-        config = read_yaml(find_config("debug"), config)
-    _one_rate(config, [name for name, _, value in (w.partition("=") for w in words) if value != "null"])
-    for word in words:
-        override(config, word)
-    check(config)
-    if flags.print_config:
-        print(to_yaml(config), end="")
-        raise SystemExit(0)
-    return CommandLine(config=config, debug=flags.debug, given=words, notes=notes)
-
-
-def _leave_out_overwrite(config: Config, path: Path) -> list[str]:
-    """run.overwrite=true discards a run, so it counts where it was typed, not where a file brings it along.
-
-    Returns a line where the file is the config.yaml of a run, which says how that run was started; else UserError.
-    """
-    if not config.run.overwrite:
-        return []
-    config.run.overwrite = False
-    if path.name == "config.yaml" and (path.parent / "log.txt").exists():
-        return [f"{path}: run.overwrite=true is how that run was started; it is ignored here"]
-    raise UserError(f"{path}: run.overwrite=true counts only on the command line: remove it from the file")
-
-
-def _one_rate(config: Config, given: list[str]) -> None:
+def one_rate(config: Config, given: list[str]) -> None:
     """Giving optim.lr takes the place of optim.base_lr of an earlier layer (preset, default), and the other way."""
     rates = [name for name in ("optim.lr", "optim.base_lr") if name in given]
     if rates == ["optim.lr"]:
         config.optim.base_lr = None
     elif rates == ["optim.base_lr"]:
         config.optim.lr = None
-
-
-def _usage_error(message: str) -> typing.NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 # ---------------------------------------------------------------- writing
@@ -312,30 +250,3 @@ def to_yaml(config: Config) -> str:
 
     Dumper.add_representer(str, text)
     return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-
-
-def help_text(program: str, about: str) -> str:
-    """The flags, then every setting with its type, default and meaning."""
-    lines = [
-        f"usage: {program} [--config FILE] [--debug] [--print-config] [group.name=value ...]",
-        "",
-        about,
-        "",
-        "  --config FILE    settings as YAML, or a preset's name (see configs/)",
-        "  --debug          one process, no workers, plain tracebacks, a tiny model and a few steps, in runs/debug",
-        "  --print-config   print all settings as they would be used, and end",
-        "",
-        "Settings (group.name=value):",
-    ]
-    group = ""
-    for name, field in leaves().items():
-        head = name.rsplit(".", 1)[0] if "." in name else ""
-        if head != group:
-            lines.append("")
-            group = head
-        default = functools.reduce(getattr, name.split("."), Config())
-        text = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        bounds = f"  ({field.metadata['bounds']})" if field.metadata["bounds"] else ""
-        lines.append(f"  {name}  <{type_name(field.type)}>  = {text or chr(39) * 2}{bounds}")
-        lines.append(f"      {field.metadata['help']}")
-    return "\n".join(lines)

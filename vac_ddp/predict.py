@@ -6,12 +6,13 @@ The torchrun of Python before 3.12.8 takes `--run` for its own `--run-path` and 
 
 from __future__ import annotations
 
+from vac_ddp.arguments import ArgumentParser
+
 if __name__ == "__main__":
     from vac_ddp.runtime.monitor import end_imports_quietly
 
     end_imports_quietly()
 
-import argparse
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -64,10 +65,9 @@ class Options:
 
 def parse(argv: list[str]) -> Options:
     """Read the command line; UserError in one line, --help ends here."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="vac predict",
         description=ABOUT,
-        allow_abbrev=False,
         epilog="group.name=value changes the run's settings: "
         + ", ".join(name for name in settings_io.leaves() if name.startswith("predict."))
         + ", data.workers, train.precision, clip.short_side and other settings of data and clip.",
@@ -84,7 +84,6 @@ def parse(argv: list[str]) -> Options:
     add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
     add("--overwrite", action="store_true", help="throw away another prediction that --out holds")
     add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
     for word in [word for word in words if word.startswith("run.dir=")]:
         flags.run = word.partition("=")[2]
@@ -107,10 +106,6 @@ def parse(argv: list[str]) -> Options:
         debug=flags.debug,
         words=words,
     )
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def prediction_settings(saved: dict[str, Any], options: Options, where: str) -> Config:

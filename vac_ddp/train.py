@@ -14,9 +14,9 @@ ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many 
 
 def train(argv: list[str]) -> dict[str, Any] | None:
     """Parse, build, run, close. Returns the run directory and the last step."""
-    from vac_ddp import config  # here and not above: Ctrl-C is answered in good order before anything slow is imported
+    from vac_ddp.arguments import parse_settings  # not above: Ctrl-C is answered before anything slow is imported
 
-    command = config.parse(argv, program="vac_ddp.train", about=ABOUT)
+    command = parse_settings(argv, program="vac_ddp.train", about=ABOUT)
     from vac_ddp.runtime import distributed  # torch: only once the settings are known to be good
     from vac_ddp.training import data_setup, job, model_setup
 

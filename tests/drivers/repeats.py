@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from vac_ddp import config
+from vac_ddp.arguments import parse_settings
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.settings import Config
 from vac_ddp.training import job
 from vac_ddp.training.loop import Loop
 from vac_ddp.training.progress import Validation
@@ -24,7 +25,7 @@ from vac_ddp.training.step import Stepper
 VALIDATION_VIDEOS = 6  # of runs.Workplace
 
 
-def run(settings: config.Config, prepare: Callable[[Loop], None] | None = None) -> Loop:
+def run(settings: Config, prepare: Callable[[Loop], None] | None = None) -> Loop:
     """One training, from opening to closing."""
     with job.open_job(settings, torch.device("cpu")) as opened:
         if prepare is not None:
@@ -33,12 +34,12 @@ def run(settings: config.Config, prepare: Callable[[Loop], None] | None = None) 
         return opened.loop
 
 
-def variant(settings: config.Config, **changes: Any) -> config.Config:
+def variant(settings: Config, **changes: Any) -> Config:
     """A copy with other run settings."""
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, **changes))
 
 
-def resumes(settings: config.Config, say: Callable[..., None]) -> None:
+def resumes(settings: Config, say: Callable[..., None]) -> None:
     """Resume the run `whole` beside run.dir at each of its steps, and compare its last checkpoint bit by bit."""
     whole = Path(settings.run.dir).with_name("whole") / "checkpoints"
     paths = sorted(whole.glob("step-*.pt"))
@@ -54,7 +55,7 @@ def resumes(settings: config.Config, say: Callable[..., None]) -> None:
             shutil.rmtree(folder)
 
 
-def stops(settings: config.Config, say: Callable[..., None]) -> None:
+def stops(settings: Config, say: Callable[..., None]) -> None:
     """20 runs in which every rank sees validation figures of its own: where does each rank stop?"""
     for number in range(20):
 
@@ -71,7 +72,7 @@ def stops(settings: config.Config, say: Callable[..., None]) -> None:
             shutil.rmtree(f"{settings.run.dir}-{number}")
 
 
-def validations(settings: config.Config, say: Callable[..., None]) -> None:
+def validations(settings: Config, say: Callable[..., None]) -> None:
     """Validation figures for validation parts of several sizes."""
     for size in (1, 2, 3, 5, 7):
         changed = dataclasses.replace(settings, data=dataclasses.replace(settings.data))
@@ -86,7 +87,7 @@ def validations(settings: config.Config, say: Callable[..., None]) -> None:
         say(size=size, **seen[-1].figures)
 
 
-def gradients(settings: config.Config, say: Callable[..., None]) -> None:
+def gradients(settings: Config, say: Callable[..., None]) -> None:
     """The gradient of every step before clipping, with the weights left as they are, into OUT.pt."""
     kept: list[dict[str, torch.Tensor]] = []
 
@@ -106,7 +107,7 @@ def gradients(settings: config.Config, say: Callable[..., None]) -> None:
 
 def main(argv: list[str]) -> None:
     what, out, *words = argv
-    settings = config.parse(words, program="repeats", about="").config
+    settings = parse_settings(words).config
     distributed.start(torch.device("cpu"), timeout_s=120)
 
     def say(**facts: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests import docs
 from tests.slurm.jobs import Jobs
 from tests.support import REPO
-from vac_ddp import config
+from vac_ddp.arguments import parse_settings
 
 pytestmark = pytest.mark.slurm
 PAGES = ("slurm-first-run.md", "slurm-preemption.md", "when-it-hangs.md")
@@ -49,6 +49,6 @@ def test_commands_that_submit_are_accepted(jobs: Jobs) -> None:
         script = re.search(r"slurm/(\w+)\.sh", text)
         assert script is not None, text
         if script[1] != "predict":
-            config.parse(text.partition(script[0])[2].split(), program="", about="")
+            parse_settings(text.partition(script[0])[2].split())
         tried = text.replace("sbatch ", "sbatch --test-only ").replace("preemptible", "main")
         jobs.cluster.run("bash", "-c", f"{tried} 2>&1", cwd=REPO)

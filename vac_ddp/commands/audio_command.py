@@ -14,16 +14,16 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from vac_ddp import config as settings_io
+from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.audio import spectrogram
 from vac_ddp.audio.spectrogram import SoundModel, SoundSettings
-from vac_ddp.checks import check_bounds, number
+from vac_ddp.checks import check_bounds
 from vac_ddp.data.clip_sampling import AUGMENT, FRAMES, ORDER, generator
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.split import Split, make_split, read_split
@@ -93,10 +93,9 @@ def _too_few(index: Index, sounds: Sounds) -> str:
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="vac audio",
         description="Train a classifier of log-mel spectrograms, and predict with it.",
-        allow_abbrev=False,
         epilog="seed=N and data.name=value change the settings of the data, as for vac train.",
     )
     add = parser.add_argument
@@ -118,7 +117,6 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         help="windows of a scored video, spread over it (default: 3)",
     )
     add("--overwrite", action="store_true", help="throw away what --out holds")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options, words = parser.parse_known_args(argv)
     config = settings_io.read_yaml(Path(options.run).expanduser() / "config.yaml") if options.run else Config()
     for word in words:
@@ -127,10 +125,6 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         settings_io.override(config, word)
     check_bounds(config, ("data.", "seed"))
     return options, config
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 # ---------------------------------------------------------------- data

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.audit import duplicates
 from vac_ddp.audit.audit_text import as_text
 from vac_ddp.audit.shortcuts import nearest_neighbour
-from vac_ddp.checks import check_bounds, number
+from vac_ddp.checks import check_bounds
 from vac_ddp.config import find_config, override, read_yaml
 from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.index import Index, open_as_it_is
@@ -54,10 +54,9 @@ class Audited:
 
 def main(argv: list[str]) -> int:
     """The command. Returns the exit status: 0, or 3 where something would spoil a result."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="vac audit",
         description="Look for leaks, damage, duplicates and giveaways in a data set.",
-        allow_abbrev=False,
     )
     parser.add_argument("data", help="<class>/<video>/*.jpg, a packed set, or a CSV (path,label)")
     parser.add_argument("settings", nargs="*", metavar="data.X=Y", help="settings of the split, as in training")
@@ -67,7 +66,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workers", type=number(int, low=1, high=1024), help="threads that decode (default: the cores)"
     )
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     config = read_yaml(find_config(options.config)) if options.config else Config()
     for text in options.settings:
@@ -79,10 +77,6 @@ def main(argv: list[str]) -> int:
     if options.json:
         write_json(options.json, report)
     return FINDINGS if report["findings"] else DONE
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def audit(config: Config, *, test: str | None = None, workers: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vac_ddp import config as settings_io
+from vac_ddp.arguments import parse_settings
 from vac_ddp.data.decode import DamagedFrame, frame_size
 from vac_ddp.data.loader import clip_bytes, worker_count
 from vac_ddp.doctor.machine_rates import (
@@ -284,7 +284,7 @@ def _version(name: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """`vac doctor [--config NAME] [group.name=value ...]`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    config = settings_io.parse(argv, program="vac doctor", about=ABOUT).config
+    config = parse_settings(argv, program="vac doctor", about=ABOUT).config
     found = examine(config, print)
     print("\nwith these settings, clips/s of this machine:")
     for name, rate in limits(found).items():

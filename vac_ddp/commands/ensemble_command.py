@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from vac_ddp import config as settings_io
 from vac_ddp import errors
-from vac_ddp.checks import number
+from vac_ddp.arguments import ArgumentParser, number, parse_settings
 from vac_ddp.commands import score_command, train_command
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.files import write_text
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train, predict and score all members; returns the exit status. Raises UserError and Interrupted."""
     ranks, rest = train_command.take_nproc(list(argv or []))
     options, words = _parse(rest)
-    config = settings_io.parse(words, program="vac ensemble", about=ABOUT).config
+    config = parse_settings(words, program="vac ensemble", about=ABOUT).config
     seeds = _seeds(options.seeds) if options.seeds else [config.seed]
     members = plan(Path(config.run.dir).expanduser(), folds=options.folds, seeds=seeds)
     validated = _check(options, config, [*words, *members[0].words], ranks)
@@ -137,10 +136,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of `vac ensemble` itself, and the words for `vac train`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="vac ensemble",
         description=ABOUT,
-        allow_abbrev=False,
         epilog="--config FILE, run.dir=DIR and every other group.name=value are those of vac train, for all members; "
         "--nproc N: ranks of a member.",
     )
@@ -160,7 +158,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--sample", metavar="CSV", help="write the submission after the rows of this sample_submission.csv")
     add("--out", metavar="DIR", help="where the results go (default: RUN.DIR/ensemble)")
     add("--score-only", action="store_true", help="the members were trained and predicted elsewhere (slurm/kfold.sh)")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options, words = parser.parse_known_args(argv)
     for word in words:
         name, _, value = word.partition("=")
@@ -169,10 +166,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if name == "run.dir" and not value:
             raise UserError("run.dir= names no directory")
     return options, words
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def _seeds(text: str) -> list[int]:

@@ -6,13 +6,12 @@ OUT is whole or absent. What Hugging Face's class cannot represent is refused wi
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from vac_ddp import config as settings_io
 from vac_ddp import files
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.data.augment import normalise
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
@@ -47,20 +47,15 @@ Probe = tuple[str, Tensor]  # what the clips are, and the clips (B, T, 3, H, W),
 
 def main(argv: list[str] | None = None) -> int:
     """Export and print what was written and compared; UserError for what cannot be."""
-    parser = argparse.ArgumentParser(prog="vac export", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="vac export", description=ABOUT)
     parser.add_argument("run", help="run directory, or its best_<model>.pt")
     parser.add_argument("out", help="directory to write; must not exist")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx as well, or alone where HF has no class")
     parser.add_argument("--data", metavar="DIR", help="videos to compare on; default: the run's own")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     for line in export(Path(options.run), Path(options.out), onnx=options.onnx, data=options.data):
         print(line)
     return 0
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def export(run: Path, out: Path, *, onnx: bool = False, data: str | None = None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import multiprocessing
@@ -13,9 +12,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from vac_ddp.checks import number
+from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.data.video_reader import SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import sweep_folders, whole_folder, write_json
@@ -68,8 +67,8 @@ class Summary:
     other: list[str] = field(default_factory=list)  # files that are no videos by their name
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="vac extract",
         description="Cut video files into folders of JPEG frames. Folders that are there are not made again, damaged "
         "files get none.",
@@ -97,7 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=number(int, low=0, high=1024), help="processes (default: one a core; 0: none but this)"
     )
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     return parser
 
 
@@ -126,10 +124,6 @@ def _print_files(title: str, files: list[tuple[str, str]]) -> None:
         print(f"  {name}: {what}")
     if len(files) > NAMED:
         print(f"  and {len(files) - NAMED} more")
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def _there(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -12,12 +11,12 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from vac_ddp import config as settings_io
 from vac_ddp import files
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.data.augment import flip_guard
 from vac_ddp.data.decode import DamagedFrame, decode_frame
 from vac_ddp.data.grouping import Sources, find_sources
@@ -64,11 +63,10 @@ class Facts:
 
 def main(argv: list[str] | None = None) -> int:
     """Look, write, check that it would train, and say what was found and what to type next."""
-    parser = argparse.ArgumentParser(prog="vac init", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="vac init", description=ABOUT)
     parser.add_argument("data", metavar="DATA", help="<class>/<video>/*.jpg, a packed set, or a CSV (path,label)")
     parser.add_argument("--out", metavar="FILE", default="train.yaml", help="what to write (default: train.yaml)")
     parser.add_argument("--frame-pattern", metavar="X", help="data.frame_pattern, where folders hold other pictures")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     out = Path(options.out).expanduser()
     if out.exists():
@@ -90,10 +88,6 @@ def main(argv: list[str] | None = None) -> int:
     for command in (["vac", "audit", options.data, *words], ["vac", "train", "--config", str(out)]):
         print(f"  {shlex.join(command)}")
     return 0
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def read_text(text: str, out: Path) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shlex
@@ -11,11 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vac_ddp.checks import number
+from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.data.index import Index, open_as_it_is
 from vac_ddp.data.index_file import write_scan
 from vac_ddp.data.pack import INDEX, MARK, OFFSETS, VERSION, is_pack, read_facts
@@ -41,13 +40,12 @@ class Packed:
 
 def main(argv: list[str]) -> int:
     """The command. Returns the exit status: 0, or 3 where frames could not be read or a check failed."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="vac pack", description="Pack the frames of a data set into few large files, byte for byte."
     )
     parser.add_argument("data", type=Path, help="<class>/<video>/*.jpg, <video>/*.jpg, or a CSV")
     parser.add_argument("out", type=Path, nargs="?", help="folder to write; must not exist or be empty")
     parser.add_argument("--verify", action="store_true", help="check the packed set DATA against its hashes instead")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--labelled", dest="labelled", action="store_true", default=None, help="DATA has class folders")
     kind.add_argument("--unlabelled", dest="labelled", action="store_false", help="DATA has none (default: by a look)")
@@ -68,7 +66,7 @@ def main(argv: list[str]) -> int:
         print(f"{options.data}: {'; '.join(broken) if broken else 'every file is as it was written'}")
         return FINDINGS if broken else DONE
     if options.out is None:
-        _usage("the folder to write is missing: vac pack DATA OUT")
+        parser.error("the folder to write is missing: vac pack DATA OUT")
     done = pack(
         options.data,
         options.out,
@@ -84,10 +82,6 @@ def main(argv: list[str]) -> int:
     out = shlex.quote(str(options.out))
     print(f"use it as data.train={out} or --data {out}")
     return FINDINGS if done.unreadable else DONE
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def pack(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.commands.items import each
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import write_atomic
@@ -18,10 +17,9 @@ ABOUT = "Draw loss, accuracy, learning rate and speed of several runs side by si
 
 def main(argv: list[str] | None = None) -> int:
     """Read the runs and write the picture; returns the exit status: 3 where a run was left out."""
-    parser = argparse.ArgumentParser(prog="vac plot", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="vac plot", description=ABOUT)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
     parser.add_argument("--out", metavar="FILE", default="curves.png", help="what to write (default: curves.png)")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     out = Path(options.out).expanduser()
     if out.suffix.lower() != ".png":
@@ -34,10 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     write_atomic(out, lambda stream: stream.write(picture))
     print("\n".join([f"curves  {out}", *problems]))
     return FINDINGS if problems else DONE
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def named(runs: list[str]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import sys
@@ -10,10 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.data.split import split_rows
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.files import sha256, write_text
@@ -40,12 +40,11 @@ LoadFacts = dict[str, bool | float | str | list[str] | list[float] | dict[str, A
 
 def main(argv: list[str] | None = None) -> int:
     """Gather what the run left, predict its validation part where that is missing, and write the page."""
-    parser = argparse.ArgumentParser(prog="vac report", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="vac report", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument("--views", metavar="VIEWS", help="a labelled views file instead of RUN/predictions/val")
     parser.add_argument("--no-predict", action="store_true", help="do not predict the validation part if it is missing")
     parser.add_argument("--out", metavar="FILE", help="where to write (default: RUN/report.html)")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     run = Path(options.run).expanduser()
     if not (run / "config.yaml").is_file():
@@ -55,10 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     write_report(run, views, out, note=note)
     print(f"report  {out}")
     return 0
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def write_report(run: Path, views: Views | None, out: Path, *, note: str = "", index: Index | None = None) -> None:

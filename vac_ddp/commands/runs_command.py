@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, TypedDict
 
 from vac_ddp import config as settings_io
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.commands.items import each
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.report.lines import MetricsLine, number, read_metrics
@@ -48,9 +48,8 @@ class Run:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit status: 3 where a run cannot be read."""
-    parser = argparse.ArgumentParser(prog="vac runs", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="vac runs", description=ABOUT)
     parser.add_argument("folder", metavar="DIR", help="a folder with run directories in it")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     root = Path(options.folder).expanduser()
     found = find_runs(root)
@@ -59,10 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     runs, problems = each(found, lambda path: read_run(path, str(path.relative_to(root))))
     print("\n".join(table(runs) + problems))
     return FINDINGS if problems else DONE
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def is_run(folder: Path) -> bool:

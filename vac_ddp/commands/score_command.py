@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.errors import UserError
 from vac_ddp.files import whole_folder, write_json, write_text
 from vac_ddp.results import averaging, evaluation, submission
@@ -19,8 +19,8 @@ from vac_ddp.results.logits_file import Views, read_views
 ABOUT = "Average the views, and the models, of predictions that `vac predict` left in views files."
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vac score", description=ABOUT, allow_abbrev=False)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="vac score", description=ABOUT)
     add = parser.add_argument
     add("views", nargs="+", metavar="VIEWS", help="views files, or folders of predictions; several: an ensemble")
     add("--method", choices=averaging.METHODS, help="what is averaged (default: predict.average of the predictions)")
@@ -33,12 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample", metavar="CSV", help="write the submission after the rows of this sample_submission.csv")
     add("--no-table", action="store_true", help="leave out the table of accuracy against the number of views")
     add("--out", metavar="DIR", help="write submission.csv, scores.csv, ensemble.json and the evaluation here")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     return parser
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 @dataclass(kw_only=True)

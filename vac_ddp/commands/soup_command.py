@@ -6,16 +6,16 @@ from the same weights; runs that began at different random weights have nothing 
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.models.weight_files import Source, open_own
@@ -25,10 +25,9 @@ SAME_CLIP = ("frames", "size", "stride", "sampling")
 
 def main(argv: list[str] | None = None) -> int:
     """Read, check, average, write. Raises UserError where the runs do not fit together."""
-    parser = argparse.ArgumentParser(prog="vac soup", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="vac soup", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories or best_<model>.pt files, two or more")
     parser.add_argument("out", metavar="OUT", help="a new folder (gets best_<model>.pt), or a new file ending in .pt")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         raise UserError("a soup needs two runs or more, and the new folder behind them (see --help)")
@@ -43,10 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(options.runs)} runs averaged: {path}")
     print(f"next: vac predict --weights {shlex.quote(str(path))} --data data_val")
     return 0
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 def soup(sources: Sequence[Source]) -> tuple[dict[str, Any], list[str]]:

@@ -10,7 +10,6 @@ turning either way); there a shuffled video still tells the axis, and the ceilin
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import math
@@ -20,11 +19,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from vac_ddp.checks import number
+from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.errors import UserError
 from vac_ddp.files import whole_folder, write_json, write_text
 from vac_ddp.schema import read_json
@@ -273,9 +272,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     default = Recipe()
-    parser = argparse.ArgumentParser(prog="vac synth", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="vac synth", description=ABOUT)
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to make, with data_train/, data_test/ and test_labels.csv in it")
     add(
@@ -293,12 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         value = getattr(default, name)
         add(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"{meaning} (default: {value})")
     add("--workers", type=number(int, low=0, high=1024), metavar="N", help="processes (default: the cores there are)")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     return parser
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

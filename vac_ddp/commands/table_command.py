@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from vac_ddp import config as settings_io
+from vac_ddp.arguments import ArgumentParser
 from vac_ddp.commands.items import each
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import write_text
@@ -76,10 +75,9 @@ def text(table: Sequence[Line]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the runs and print the table; returns the exit status: 3 where a run was left out."""
-    parser = argparse.ArgumentParser(prog="vac table", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="vac table", description=ABOUT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--out", metavar="CSV", help="write the table as CSV as well")
-    parser.error = _usage  # type: ignore[method-assign]  # argparse offers no other way to keep one line
     options = parser.parse_args(argv)
     runs = [Path(run).expanduser() for run in options.runs]
     good, problems = each(runs, check)
@@ -107,10 +105,6 @@ def check(run: Path) -> Path:
     settings_io.read_yaml(run / "config.yaml")
     best_validation(run)
     return run
-
-
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from vac_ddp import checks, config, errors, files
+from vac_ddp import checks, errors, files
+from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import Stopped, UserError
 from vac_ddp.runtime.exit_status import write_status
 from vac_ddp.runtime.monitor import AT_ONCE, STOP_SIGNALS
@@ -56,7 +57,7 @@ def take_nproc(argv: list[str]) -> tuple[int, list[str]]:
 
 def check_first(argv: list[str], ranks: int) -> None:
     """Settings and data as rank 0 will read them, so that a mistake is one line and not that of every rank."""
-    command = config.parse(argv, program="vac train", about="")
+    command = parse_settings(argv)
     checks.check(command.config, ranks=ranks)
     from vac_ddp.training.model_setup import check_grammar
 
