@@ -41,8 +41,8 @@ def train_with(place: Workplace, run: str, at_validation: Callable[[int], object
     out = io.StringIO()
     with contextlib.redirect_stdout(out), job.open_job(settings, torch.device("cpu")) as opened:
         loop = opened.loop
-        measure = loop.validate
-        assert measure is not None
+        assert loop.validator is not None
+        measure = loop.validator.run
 
         def validate(stop: Callable[[], bool]) -> Validation | None:
             at_validation(loop.position.epoch)
@@ -51,7 +51,7 @@ def train_with(place: Workplace, run: str, at_validation: Callable[[int], object
             found.top1 = found.figures["top1"] = ACCURACIES[loop.position.epoch - 1]
             return found
 
-        loop.validate = validate
+        loop.validator.run = validate  # type: ignore[method-assign]
         loop.run()
         opened.finish()
     return out.getvalue()

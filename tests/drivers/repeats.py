@@ -62,7 +62,9 @@ def stops(settings: Config, say: Callable[..., None]) -> None:
         def disagree(loop: Loop, number: int = number) -> None:
             draw = random.Random(1000 * number + distributed.rank())
             logits = torch.zeros(VALIDATION_VIDEOS, 3)
-            loop.validate = lambda stop: Validation(top1=draw.random(), loss=1.0, figures={"top1": 0.5}, logits=logits)
+            loop.validator.run = lambda stop: Validation(
+                top1=draw.random(), loss=1.0, figures={"top1": 0.5}, logits=logits
+            )
 
         ended = run(variant(settings, dir=f"{settings.run.dir}-{number}"), disagree)
         steps = distributed.all_gather_objects(ended.position.step)
@@ -80,8 +82,8 @@ def validations(settings: Config, say: Callable[..., None]) -> None:
         seen: list[Validation] = []
 
         def watch(loop: Loop, seen: list[Validation] = seen) -> None:
-            validate = loop.validate
-            loop.validate = lambda stop: seen.append(validate(stop)) or seen[-1]
+            validate = loop.validator.run
+            loop.validator.run = lambda stop: seen.append(validate(stop)) or seen[-1]
 
         run(variant(changed, dir=f"{settings.run.dir}-{size}"), watch)
         say(size=size, **seen[-1].figures)

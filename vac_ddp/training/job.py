@@ -31,7 +31,7 @@ from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.signals import Agreement, StopRequest, end_of_allocation, save_by
 from vac_ddp.settings import Config
 from vac_ddp.training import resuming, run_directory, run_files
-from vac_ddp.training.data_setup import Data, keep_validation, make_validation, read_data
+from vac_ddp.training.data_setup import Data, read_data
 from vac_ddp.training.early_stopping import Stopping
 from vac_ddp.training.loop import Loop
 from vac_ddp.training.lr_schedule import count_warmup_steps, learning_rate, resolve_lr
@@ -39,6 +39,7 @@ from vac_ddp.training.model_setup import Resumed, make_stepper
 from vac_ddp.training.optimization import group_table
 from vac_ddp.training.progress import Validation
 from vac_ddp.training.step import Stepper
+from vac_ddp.training.validation import Validator
 
 # Left in the run directory by a run that was stopped and saved: scripts requeue by it, not by torchrun's status.
 INTERRUPTED = "interrupted.json"
@@ -199,13 +200,18 @@ def _build(
     loader = train_loader(dataset, sampler, workers=workers, pin=device.type == "cuda")
     loaders.append(loader)
 
+    validator = Validator(config, data, stepper, tracker, workers=workers) if len(data.split.val) else None
+    if validator is not None:
+        loaders.append(validator.loader)
+
     def loads(epoch: int, start_step: int) -> Iterator[Batch]:
         sampler.set_epoch(epoch, start_step=start_step)
         return to_device(loader, device)
 
     def keep(validation: Validation) -> None:
+        assert validator is not None, "there was a validation"
         try:
-            keep_validation(folder / VALIDATION, config, data, validation, loop.position.epoch)
+            validator.write(folder / VALIDATION, validation, loop.position.epoch)
         except OSError as error:
             tracker.say(f"{folder / VALIDATION} could not be written: {error.strerror}")
 
@@ -219,7 +225,7 @@ def _build(
         epochs=math.ceil(total / sampler.steps_per_epoch),
         rate=rate,
         damaged=lambda: sum(opened.damaged for opened in loaders),
-        validate=None,
+        validator=validator,
         best_content=lambda validation: run_files.best_content(config, data, loaded, stepper, validation, keep),
         saver=run_files.make_saver(config, run, data, loaded, stepper, total, tracker),
         tracker=tracker,
@@ -228,8 +234,6 @@ def _build(
         stopping=Stopping(patience=config.train.patience),
         meters=meters,
     )
-    if len(data.split.val):
-        loop.validate = make_validation(config, data, stepper, loop, workers, loaders)
     if resumed.yes:
         resuming.resume_loop(loop, resumed, run)
     else:

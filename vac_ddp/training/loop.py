@@ -6,13 +6,14 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from vac_ddp.data.loader import Batch
 from vac_ddp.errors import Interrupted
 from vac_ddp.report.epoch_table import TABLE, one_of_few, table_row
+from vac_ddp.report.tracker import Tracker
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.signals import Agreed, Agreement, StopRequest, signal_name
@@ -22,32 +23,9 @@ from vac_ddp.training.meters import Meters, collected_by_hand, peak_memory
 from vac_ddp.training.progress import Position, Tally, Validation
 from vac_ddp.training.saving import Saver
 from vac_ddp.training.step import Stepper
+from vac_ddp.training.validation import Validator
 
 LONGER_S = 30.0  # a collective waits longer than the monitor, which can say why
-
-
-class Tracker(Protocol):
-    """What the loop needs of `report.tracker.Tracker`."""
-
-    wandb_id: str | None
-
-    def say(self, text: str, *, everywhere: bool = False) -> None:
-        """A line for people."""
-
-    def write(self, kind: str, step: int, **figures: Any) -> None:
-        """A line for programs."""
-
-    def note(self, text: str) -> None:
-        """A line for the log file alone."""
-
-    def progress(self, phase: str, total: int, done: int = 0, *, unit: str = "clips") -> None:
-        """Begin a bar."""
-
-    def advance(self, count: int = 1, **shown: float) -> None:
-        """Move the bar."""
-
-    def end_progress(self) -> None:
-        """Take the bar away."""
 
 
 @dataclass(kw_only=True)
@@ -63,7 +41,7 @@ class Loop:
     epochs: int
     rate: Callable[[int], float]
     damaged: Callable[[], int]  # damaged frames that this rank's loaders have met so far
-    validate: Callable[[Callable[[], bool]], Validation | None] | None
+    validator: Validator | None
     best_content: Callable[[Validation | None], dict[str, Any]]
     saver: Saver
     tracker: Tracker
@@ -269,9 +247,9 @@ class Loop:
         last = where.step >= self.total_steps
         best = False
         validation = None
-        if self.validate is not None and (last or where.epoch % config.train.val_every == 0):
+        if self.validator is not None and (last or where.epoch % config.train.val_every == 0):
             with self.meters.phase("validation"):
-                validation = self.validate(self._stop_now)
+                validation = self.validator.run(self._stop_now)
             if validation is None:
                 self._interrupt(self._stop_number)
             assert validation is not None
@@ -280,7 +258,7 @@ class Loop:
             )
             if not distributed.is_main():
                 self.stopping.update(validation.top1, where.epoch)
-        elif self.validate is None and last:
+        elif self.validator is None and last:
             best = True
         where.validation_due = False
         self._say_epoch(validation, best)
@@ -311,7 +289,7 @@ class Loop:
         took = time.perf_counter() - self.epoch_began
         row = table_row(entry, self.epochs, where.step, self.epoch_clips_per_s, took)
         row += "  best" if best and validation is not None else ""
-        shown = validation is not None or (self.validate is None and one_of_few(where.epoch, self.epochs))
+        shown = validation is not None or (self.validator is None and one_of_few(where.epoch, self.epochs))
         (self.tracker.say if shown or where.step >= self.total_steps else self.tracker.note)(row)
         if damaged > self.said_damaged:
             self.said_damaged = damaged

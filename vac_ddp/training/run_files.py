@@ -81,7 +81,7 @@ def best_content(
         keep(validation)
     counts = np.bincount(data.index.labels[data.split.train], minlength=len(data.classes))
     return {
-        "model": file_state(stepper.model if stepper.ema is None else stepper.ema.module),
+        "model": file_state(stepper.eval_model),
         "classes": list(data.classes),
         "config": settings_io.to_dict(config),
         "metrics": dict(validation.figures) if validation is not None else {},

@@ -91,6 +91,11 @@ class Stepper:
     records: deque[StepRecord] = field(default_factory=deque)
     last_end: Any = None  # when the step before ended; None: something else than waiting for data came between
 
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is validated and kept: the average of the weights, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
     def prepare(self, batch: Batch) -> Prepared:
         """Augment, normalise and mix a load on the device; soft targets."""
         augment = self.config.augment
