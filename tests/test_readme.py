@@ -1,4 +1,4 @@
-"""The README says what is there: its tree, its presets, its commands, its exit statuses."""
+"""The README says what is there: its presets, its commands, its exit statuses."""
 
 from __future__ import annotations
 
@@ -8,27 +8,6 @@ from tests.support import REPO
 from vac_ddp import cli, config, errors
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
-
-
-def tree() -> list[str]:
-    """Python files of the tree in the README, as paths below vac_ddp/."""
-    block = README.split("    vac_ddp/\n      train.py", 1)[1].split("\n\nArrows", 1)[0]
-    room, found = "", ["train.py"]
-    for line in block.splitlines()[1:]:
-        if match := re.match(r"^ {6}(\w+)/$", line):
-            room = f"{match.group(1)}/"
-        elif match := re.match(r"^( +)(\w+\.py) +\S", line):
-            found.append((room if len(match.group(1)) == 8 else "") + match.group(2))
-    return found
-
-
-def test_tree_names_every_file_once() -> None:
-    there = {
-        path.relative_to(REPO / "vac_ddp").as_posix()
-        for path in (REPO / "vac_ddp").rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert sorted(tree()) == sorted(there)
 
 
 def test_presets_are_listed() -> None:

@@ -1,0 +1,20 @@
+"""docs/architecture.md says what is there: the layers of the import contracts, and every module once."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+from tests.support import REPO
+
+PAGE = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_drawing_has_the_layers_of_the_contract() -> None:
+    contracts = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    block = PAGE.split("## Layers", 1)[1].split("\n    ", 1)[1].split("\n\n", 1)[0]
+    drawn = [re.split(r" {2,}", line.strip())[0] for line in block.splitlines()]
+    assert drawn == layers
