@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vac_ddp.commands.synth_command import FACTS
+from vac_ddp.data.synthetic import FACTS
 from vac_ddp.errors import DONE, FINDINGS, UserError
 from vac_ddp.files import read_json, write_json, write_text
 

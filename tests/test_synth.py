@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from vac_ddp.commands import synth_command
+from vac_ddp.data import synthetic
 from vac_ddp.errors import UserError
 
 SMALL = ["--videos-per-class", "4", "--test-per-class", "2", "--clips-per-source", "2", "--workers", "1"]
@@ -49,7 +50,7 @@ def test_test_labels_lie_beside_the_folders_and_are_balanced(made: Path) -> None
     rows = list(csv.DictReader((made / "test_labels.csv").open()))
     assert [int(row["id"]) for row in rows] == list(range(1, 13))
     labels = [row["class"] for row in rows]
-    assert {name: labels.count(name) for name in set(labels)} == dict.fromkeys(synth_command.Recipe().classes, 2)
+    assert {name: labels.count(name) for name in set(labels)} == dict.fromkeys(synthetic.Recipe().classes, 2)
     assert labels != sorted(labels)
     assert not [p for p in (made / "data_test").rglob("*") if p.is_file() and p.suffix != ".jpg"]
 
@@ -57,24 +58,24 @@ def test_test_labels_lie_beside_the_folders_and_are_balanced(made: Path) -> None
 @pytest.mark.parametrize("seed", range(20))
 def test_the_frames_of_a_video_are_the_same_set_for_every_class(seed: int) -> None:
     """The ceiling 1/6 rests on this: given the frames without their order, all six classes are equally likely."""
-    look = synth_command.draw_look(np.random.default_rng(seed))
+    look = synthetic.draw_look(np.random.default_rng(seed))
     clips = [
-        synth_command.order_clip(look, order, np.random.default_rng(seed + 100))
-        for order in itertools.permutations(synth_command.EVENTS)
+        synthetic.order_clip(look, order, np.random.default_rng(seed + 100))
+        for order in itertools.permutations(synthetic.EVENTS)
     ]
     assert len({clip.tobytes() for clip in clips}) == 6
     assert len({tuple(sorted(frame.tobytes() for frame in clip)) for clip in clips}) == 1
 
 
-@pytest.mark.parametrize("pair", [synth_command.DIRECTIONS[i : i + 2] for i in range(0, 8, 2)])
+@pytest.mark.parametrize("pair", [synthetic.DIRECTIONS[i : i + 2] for i in range(0, 8, 2)])
 def test_opposite_directions_are_the_same_frames_backwards(pair: list[str]) -> None:
-    look = synth_command.draw_look(np.random.default_rng(3))
-    one, other = (synth_command.direction_clip(look, name, np.random.default_rng(4)) for name in pair)
+    look = synthetic.draw_look(np.random.default_rng(3))
+    one, other = (synthetic.direction_clip(look, name, np.random.default_rng(4)) for name in pair)
     assert not np.array_equal(one, other)
     assert np.array_equal(one, other[::-1])
 
 
-def track(clip: np.ndarray, look: synth_command.Look) -> np.ndarray:
+def track(clip: np.ndarray, look: synthetic.Look) -> np.ndarray:
     """Row and column of the middle, area and steepness of the shape in every frame, measured from the pixels."""
     share = ((clip - look.ground) @ (look.colour - look.ground.mean((0, 1)))) / 1e4
     mask = share > share.max() / 2
@@ -88,9 +89,9 @@ def track(clip: np.ndarray, look: synth_command.Look) -> np.ndarray:
 
 def test_what_is_seen_is_what_the_class_says() -> None:
     rng = np.random.default_rng(0)
-    for order in itertools.permutations(synth_command.EVENTS):
-        look = synth_command.draw_look(rng)
-        _, x, area, steepness = track(synth_command.order_clip(look, order, rng), look).T
+    for order in itertools.permutations(synthetic.EVENTS):
+        look = synthetic.draw_look(rng)
+        _, x, area, steepness = track(synthetic.order_clip(look, order, rng), look).T
         when = {
             "move": np.abs(x - np.median(x)).argmax(),
             "grow": area.argmax(),
@@ -102,21 +103,21 @@ def test_what_is_seen_is_what_the_class_says() -> None:
 def test_directions_go_where_their_name_says() -> None:
     rng = np.random.default_rng(1)
     for column, name, sign in [(1, "right", 1), (1, "left", -1), (0, "down", 1), (0, "up", -1), (2, "growing", 1)]:
-        look = synth_command.draw_look(rng)
-        seen = track(synth_command.direction_clip(look, name, rng), look)
+        look = synthetic.draw_look(rng)
+        seen = track(synthetic.direction_clip(look, name, rng), look)
         assert sign * (seen[-1, column] - seen[0, column]) > 0
 
 
 def test_nothing_but_the_order_tells_the_class(tmp_path: Path) -> None:
     """An order-blind nearest neighbour on colour, size, length and mean frame does no better than chance."""
-    recipe = synth_command.Recipe(videos_per_class=20, test_per_class=20)
+    recipe = synthetic.Recipe(videos_per_class=20, test_per_class=20)
     features: dict[int, list[np.ndarray]] = {0: [], 1: []}
     labels: dict[int, list[str]] = {0: [], 1: []}
-    for video in synth_command.plan(recipe):
-        look = synth_command.draw_look(np.random.default_rng([recipe.seed, video.part, video.source]))
+    for video in synthetic.plan(recipe):
+        look = synthetic.draw_look(np.random.default_rng([recipe.seed, video.part, video.source]))
         number = recipe.classes.index(video.class_name)
         rng = np.random.default_rng([recipe.seed, video.part, video.source, 1 + video.clip, number])
-        clip = synth_command.order_clip(look, video.class_name.split("_"), rng).astype(np.float32)
+        clip = synthetic.order_clip(look, video.class_name.split("_"), rng).astype(np.float32)
         tracked = np.sort(track(clip, look), axis=0)[np.linspace(0, len(clip) - 1, 8).astype(int)]
         features[video.part].append(np.concatenate([clip.mean((0, 1, 2)), clip.shape[:3], tracked.ravel()]))
         labels[video.part].append(video.class_name)
@@ -138,13 +139,13 @@ def test_same_recipe_same_bytes_whatever_the_number_of_processes(made: Path, tmp
 
 
 def test_clips_of_a_source_share_their_look_and_parts_share_none() -> None:
-    recipe = synth_command.Recipe(videos_per_class=6, test_per_class=3)
-    videos = synth_command.plan(recipe)
+    recipe = synthetic.Recipe(videos_per_class=6, test_per_class=3)
+    videos = synthetic.plan(recipe)
     names = [re.fullmatch(r"data_train/\w+/(s\d+)_c\d+", v.folder) for v in videos if v.part == 0]
     assert all(names)
     assert len({m.group(1) for m in names if m}) == 2
     looks = {
-        (v.part, v.source): synth_command.draw_look(np.random.default_rng([0, v.part, v.source])).colour.tobytes()
+        (v.part, v.source): synthetic.draw_look(np.random.default_rng([0, v.part, v.source])).colour.tobytes()
         for v in videos
     }
     assert len(looks) == len(set(looks.values())) == 3
@@ -162,13 +163,13 @@ def test_a_second_call_reuses_the_set_and_another_recipe_is_refused(
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(recipe: synth_command.Recipe, video: synth_command.Video, root: Path) -> int:
+    def full(recipe: synthetic.Recipe, video: synthetic.Video, root: Path) -> int:
         if video.part == 1:
             raise OSError(28, "No space left on device")
         return original(recipe, video, root)
 
-    original = synth_command.write_video
-    monkeypatch.setattr(synth_command, "write_video", full)
+    original = synthetic.write_video
+    monkeypatch.setattr(synthetic, "write_video", full)
     with pytest.raises(OSError, match="No space"):
         synth_command.main([str(tmp_path / "out"), *SMALL])
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vac_ddp.data import synthetic
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.split import Split, make_split, read_split, write_split
 from vac_ddp.errors import UserError
@@ -93,10 +95,9 @@ def debug_data(config: Config, given: list[str]) -> None:
     """Make a small synthetic data set for --debug where there is none and none was named."""
     if Path(config.data.train).exists() or any(word.startswith("data.train=") for word in given):
         return
-    from vac_ddp.commands import synth_command
-
     made = Path(config.run.dir).with_name("debug_data")
     if not (made / "data_train").is_dir():
         print(f"no {config.data.train} here: making a few synthetic videos in {made}")
-        synth_command.main([str(made), "--videos-per-class", "4", "--test-per-class", "1"])
+        recipe = synthetic.Recipe(videos_per_class=4, test_per_class=1)
+        print("\n".join(synthetic.make_dataset(made, recipe, workers=len(os.sched_getaffinity(0)))))
     config.data.train = str(made / "data_train")
