@@ -35,12 +35,12 @@ from torchvision.transforms import functional as tv
 from transformers import VideoMAEImageProcessor
 
 from benchmarks.pictures import write_videos
-from vac_ddp.commands.pack_command import pack
 from vac_ddp.data.augment import draw_crop_box
 from vac_ddp.data.clip_sampling import CROP, FRAMES, generator, train_frames
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import train_loader
+from vac_ddp.data.pack_writer import pack
 from vac_ddp.data.sampler import Key, StepSampler
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.files import write_json, write_text

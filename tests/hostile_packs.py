@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tests.test_index import tree
-from vac_ddp.commands.pack_command import pack
 from vac_ddp.data.index import open_index
+from vac_ddp.data.pack_writer import pack
 from vac_ddp.errors import UserError
 from vac_ddp.files import sha256
 from vac_ddp.settings import DataSettings

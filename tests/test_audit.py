@@ -274,7 +274,7 @@ def test_bad_words_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_packed_set_is_audited_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vac_ddp.commands.pack_command import pack
+    from vac_ddp.data.pack_writer import pack
 
     root = clean(tmp_path / "d")
     (root / "run/ra_0/0005.jpg").write_bytes(b"x")

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from tests.support import REPO, environment, shared
-from vac_ddp.commands.extract_command import Options, Outcome, extract, extract_one, find_videos, main, outcomes, sweep
+from vac_ddp.commands.extract_command import main
+from vac_ddp.data.extraction import Options, Outcome, extract, extract_one, find_videos, outcomes, sweep
 from vac_ddp.data.index import open_index
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError

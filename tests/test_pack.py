@@ -12,8 +12,9 @@ import pytest
 
 from tests.support import shared
 from tests.test_index import aged, frames, jpeg, no_scan, tree, video
-from vac_ddp.commands.pack_command import main, pack, verify
+from vac_ddp.commands.pack_command import main
 from vac_ddp.data.index import Index, open_index
+from vac_ddp.data.pack_writer import pack, verify
 from vac_ddp.data.split import make_split, read_split, write_split
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
@@ -206,7 +207,7 @@ def test_a_failed_pack_leaves_nothing(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("vac_ddp.commands.pack_command.write_json", fails)  # the last file
+    monkeypatch.setattr("vac_ddp.data.pack_writer.write_json", fails)  # the last file
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         pack(tree(tmp_path / "d"), tmp_path / "p", settings=data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "d"]

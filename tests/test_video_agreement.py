@@ -16,7 +16,7 @@ import simplejpeg
 from tests.support import REPO, ffmpeg_program, shared
 from tests.test_extract import with_matrix
 from vac_ddp import load, predict
-from vac_ddp.commands.extract_command import Options, extract
+from vac_ddp.data.extraction import Options, extract
 from vac_ddp.data.video_reader import SUFFIXES, DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.predicting import prediction
