@@ -11,7 +11,7 @@ from torch import nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.lsvit import LMI, SMIF, LSViT, build_lsvit
-from vac_ddp.models.timm_backbone import drop_rates, keep_factors
+from vac_ddp.models.video_model import drop_rates, keep_factors
 from vac_ddp.settings import ClipSettings, ModelSettings, OptimSettings
 from vac_ddp.training.optimization import group_table, make_groups
 

@@ -23,6 +23,7 @@ import torch
 from vac_ddp import config as settings_io
 from vac_ddp.checks import check_prediction
 from vac_ddp.errors import UserError, plain
+from vac_ddp.models import VideoModel
 from vac_ddp.models.weight_files import Source, open_own
 from vac_ddp.predicting import prediction
 from vac_ddp.results import averaging
@@ -52,7 +53,7 @@ class Classifier:
     scorer: Scorer
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> VideoModel:
         """The network, in evaluation mode."""
         return self.scorer.model
 

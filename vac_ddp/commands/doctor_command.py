@@ -28,7 +28,7 @@ from vac_ddp.doctor.machine_rates import (
     sample_frames,
 )
 from vac_ddp.errors import UserError
-from vac_ddp.models import build_model
+from vac_ddp.models import VideoModel, build_model
 from vac_ddp.models.compilation import train_pass
 from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.runtime import distributed
@@ -152,7 +152,7 @@ def _for_model(found: Found, config: Config) -> list[str]:
 # ---------------------------------------------------------------- the model
 
 
-def model_of(config: Config) -> torch.nn.Module:
+def model_of(config: Config) -> VideoModel:
     """The model of the settings with random weights; what only a hub or a file knows is guessed by the name."""
     settings = config.model
     if settings.name == "videomae" and settings.weights is not None and settings.size is None:
@@ -161,7 +161,7 @@ def model_of(config: Config) -> torch.nn.Module:
     return build_model(settings, config.clip, 51)
 
 
-def step_rate(config: Config, model: torch.nn.Module, device: torch.device, flops: float, matmul: float) -> float:
+def step_rate(config: Config, model: VideoModel, device: torch.device, flops: float, matmul: float) -> float:
     """Clips a second forward and backward, measured, or on a slow CPU from the matrix product."""
     autocast = AUTOCAST[precision_of(config, device)]
     if device.type != "cuda" and flops / matmul > SLOW_PASS_S * ASSUMED:

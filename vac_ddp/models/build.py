@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
-
 from vac_ddp.errors import UserError
 from vac_ddp.models import videomae, videomae_weights, weight_files
 from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
+from vac_ddp.models.video_model import VideoModel
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 
@@ -58,7 +57,7 @@ def rebuild_model(
     return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std), mean=mean, std=std)
 
 
-def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int = 0) -> nn.Module:
+def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int = 0) -> VideoModel:
     """The model of the settings' sizes with weights drawn from `seed`; `settings.weights` is not looked at."""
     if settings.name != "videomae":
         return _build_other(dataclasses.replace(settings, weights=None), clip, num_classes, seed=seed).model
@@ -159,7 +158,7 @@ def _load_own(
     return Loaded(model=loaded.model, report=report, mean=loaded.mean, std=loaded.std)
 
 
-def put_own(model: nn.Module, source: weight_files.Source, classes: list[str]) -> LoadReport:
+def put_own(model: VideoModel, source: weight_files.Source, classes: list[str]) -> LoadReport:
     """Put a checkpoint's tensors into a freshly built model, bit for bit, and say what became of the classifier."""
     report = LoadReport(source=source.asked, kind=source.kind, file=str(source.path), sha256=source.sha256)
     ours, head = model.state_dict(), model.head_names()

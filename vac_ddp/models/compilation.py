@@ -6,15 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.precision import autocast
+from vac_ddp.models.video_model import VideoModel
 from vac_ddp.settings import ClipSettings
 
 
 def compile_if_it_works(
-    model: nn.Module,
+    model: VideoModel,
     first_pass: Callable[[], None],
     *,
     setting: str,
@@ -52,7 +53,7 @@ def compile_if_it_works(
 
 
 def zeros_loss(
-    model: nn.Module, clip: ClipSettings, clips: int, device: torch.device, dtype: torch.dtype | None
+    model: VideoModel, clip: ClipSettings, clips: int, device: torch.device, dtype: torch.dtype | None
 ) -> Tensor:
     """A loss of zero, with a graph, of a forward pass of `clips` clips of zeros under autocast to `dtype`."""
     pixels = torch.zeros(clips, clip.frames, 3, clip.size, clip.size, device=device)
@@ -63,7 +64,7 @@ def zeros_loss(
 
 
 def train_pass(
-    model: nn.Module, clip: ClipSettings, clips: int, device: torch.device, dtype: torch.dtype | None
+    model: VideoModel, clip: ClipSettings, clips: int, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """A forward and backward pass of clips of zeros."""
     zeros_loss(model, clip, clips, device, dtype).backward()

@@ -14,19 +14,8 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.load_report import Loaded
-from vac_ddp.models.timm_backbone import (
-    backbone_depths,
-    classify,
-    compile_in_place,
-    create_backbone,
-    draw_head,
-    drop_rates,
-    encode,
-    finish,
-    is_plain_vit,
-    keep_factors,
-    seeded,
-)
+from vac_ddp.models.timm_backbone import FrameModel, create_backbone, encode, finish, is_plain_vit, seeded
+from vac_ddp.models.video_model import keep_factors
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 
@@ -84,56 +73,39 @@ class TimeTransformer(nn.Module):
         return self.norm(x).mean(1)
 
 
-class FrameViT(nn.Module):
+class FrameViT(FrameModel):
     """Clips in, logits out: the backbone on every frame, aggregation over time, classifier.
 
     BatchNorm layers of the backbone keep the statistics they came with, in training too: a clip's result must not
-    depend on the others of its micro-batch. Drop path is for plain ViTs; its masks and those of the head's dropout
-    are made from `noise_size` numbers a clip, as in LS-ViT.
+    depend on the others of its micro-batch. Drop path is for plain ViTs.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        *,
-        frames: int,
-        pooling: str = "mean",
-        drop_path: float = 0.0,
-        head_dropout: float = 0.0,
-        head_init_scale: float = 1.0,
-    ) -> None:
+    def __init__(self, backbone: Any, num_classes: int, settings: ModelSettings, *, frames: int) -> None:
         super().__init__()
         self.plain = is_plain_vit(backbone)
-        if drop_path > 0 and not self.plain:
-            raise UserError(f"model.drop_path={drop_path} is for plain ViTs, not {type(backbone).__name__}: give 0")
+        if settings.drop_path > 0 and not self.plain:
+            raise UserError(
+                f"model.drop_path={settings.drop_path} is for plain ViTs, not {type(backbone).__name__}: give 0"
+            )
         width = backbone.head_hidden_size
         heads = next(n for n in (max(1, width // 64), 8, 4, 2, 1) if width % n == 0)
-        self.head_dropout, self._checkpointing = head_dropout, 0
+        self._checkpointing = 0
         self.backbone = backbone
         self.pool: nn.Module
-        if pooling == "mean":
+        if settings.pooling == "mean":
             self.pool = MeanPool()
-        elif pooling == "attention":
+        elif settings.pooling == "attention":
             self.pool = AttentionPool(width, heads)
-        elif pooling == "transformer":
+        elif settings.pooling == "transformer":
             self.pool = TimeTransformer(width, heads, frames)
         else:
-            raise UserError(f"model.pooling={pooling}: mean, attention or transformer")
-        self.head = draw_head(width, num_classes, scale=head_init_scale)
-        blocks = len(backbone.blocks) if drop_path > 0 else 0
-        self.register_buffer("rates", drop_rates(drop_path, blocks), persistent=False)
-        self._depths, self.num_depths = backbone_depths(backbone)
+            raise UserError(f"model.pooling={settings.pooling}: mean, attention or transformer")
+        self.add_classifier(width, num_classes, settings)
         self.train(self.training)
 
     @property
-    def noise_size(self) -> int:
-        """Random numbers in [0, 1) that a clip brings."""
-        return len(self.rates) + (self.head.in_features if self.head_dropout > 0 else 0)
-
-    @property
     def checkpointing(self) -> int:
-        """Blocks from below computed again in the backward pass; other backbones than plain ViTs: all or none."""
+        """Blocks from below recomputed in the backward pass; other backbones than plain ViTs: all or none."""
         return self._checkpointing
 
     @checkpointing.setter
@@ -150,7 +122,7 @@ class FrameViT(nn.Module):
         return self
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits (B, K) float32 of clips (B, T, 3, H, W), normalised floats; noise (B, noise_size) in [0, 1)."""
+        """Logits (B, K) float32 of clips (B, T, 3, H, W), normalized floats; noise (B, noise_size) in [0, 1)."""
         batch, frames = clips.shape[:2]
         images = clips.flatten(0, 1)
         if self.plain:
@@ -158,21 +130,11 @@ class FrameViT(nn.Module):
             features = encode(self.backbone, images, keep=keep, checkpointing=self.checkpointing)
         else:
             features = self.backbone(images)
-        pooled = self.pool(features.unflatten(0, (batch, frames)))
-        return classify(self.head, pooled, None if noise is None else noise[:, len(self.rates) :], self.head_dropout)
+        return self.classify(self.pool(features.unflatten(0, (batch, frames))), noise)
 
-    def compile_blocks(self) -> None:
-        """Compile every block of a plain ViT, or another backbone as a whole, and the pooling, in place."""
-        compile_in_place([*(self.backbone.blocks if self.plain else [self.backbone]), self.pool])
-
-    def depth_of(self, name: str) -> int:
-        """Depth of a parameter: 0 embedding or stem, then the backbone's layers; pooling and classifier on top."""
-        part, _, rest = name.partition(".")
-        return self._depths[rest] if part == "backbone" else self.num_depths - 1
-
-    def head_names(self) -> set[str]:
-        """Names of the classifier's parameters."""
-        return {"head.weight", "head.bias"}
+    def compiled_modules(self) -> list[nn.Module]:
+        """Every block of a plain ViT, or another backbone as a whole, and the pooling."""
+        return [*(self.backbone.blocks if self.plain else [self.backbone]), self.pool]
 
     def architecture(self) -> dict[str, Any]:
         """What a checkpoint says of the model beside the settings, in plain types."""
@@ -181,22 +143,15 @@ class FrameViT(nn.Module):
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """The BatchNorm layers of a model."""
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def build_frame_vit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int) -> Loaded:
     """Frame ViT over the timm model `settings.backbone` with settings.weights; all that is new is drawn from `seed`."""
     with seeded(seed):
         backbone, report = create_backbone(settings, size=clip.size)
-        model = FrameViT(
-            backbone,
-            num_classes,
-            frames=clip.frames,
-            pooling=settings.pooling,
-            drop_path=settings.drop_path,
-            head_dropout=settings.head_dropout,
-            head_init_scale=settings.head_init_scale,
-        )
+        model = FrameViT(backbone, num_classes, settings, frames=clip.frames)
     norms = len(batch_norms(backbone))
     if norms:
         report.notes.append(f"{norms} BatchNorm layers keep their statistics in training")

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
 from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, some
-from vac_ddp.models.timm_backbone import compile_in_place, draw_head, seeded, silence
+from vac_ddp.models.timm_backbone import seeded, silence
 from vac_ddp.models.torch_file import REMEDY as _REMEDY
 from vac_ddp.models.torch_file import first_line
+from vac_ddp.models.video_model import VideoModel, new_head
 from vac_ddp.schema import fault, shown
 from vac_ddp.settings import ClipSettings, ModelSettings
 
@@ -36,7 +37,7 @@ _ANY_FILE = 1 << 24  # parameters that a model of a file of any size may have
 _LAYER = re.compile(r"^(.*?\.?)(?:layers?|blocks?|h)\.(\d+)\.")
 
 
-class HFClassifier(nn.Module):
+class HFClassifier(VideoModel):
     """Clips (B, T, 3, H, W) in, logits (B, K) out, by a transformers model with a classifier for K classes.
 
     Parameters that the classification never reads (V-JEPA 2's predictor) are named in `unused` and take no gradient.
@@ -44,7 +45,9 @@ class HFClassifier(nn.Module):
 
     noise_size = 0
 
-    def __init__(self, net: nn.Module, *, unused: Sequence[str] = ()) -> None:
+    net: Any  # of transformers
+
+    def __init__(self, net: Any, *, unused: Sequence[str] = ()) -> None:
         super().__init__()
         self.net = net
         self.unused = list(unused)
@@ -61,20 +64,20 @@ class HFClassifier(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The numbered layers that layer decay counts, from below."""
-        found = {}
+        found: dict[str, None] = {}
         for name in self._depths:
             match = _LAYER.match(name)
             if match and name.startswith(self.net.base_model_prefix) and name not in self.unused:
                 found[match[0].rstrip(".")] = None
         return [self.net.get_submodule(name) for name in found]
 
-    def compile_blocks(self) -> None:
-        """Compile every layer in place; parameter names stay as they are."""
-        compile_in_place(self.layers())
+    def compiled_modules(self) -> list[nn.Module]:
+        """Every layer."""
+        return self.layers()
 
     @property
     def checkpointing(self) -> int:
-        """Layers from below whose activations are computed again in the backward pass."""
+        """Layers from below whose activations are recomputed in the backward pass."""
         return self._checkpointing
 
     @checkpointing.setter
@@ -213,13 +216,13 @@ def _bounded(fields: dict[str, Any], where: str) -> dict[str, Any]:
     return kept
 
 
-def _from_config(config: Any) -> nn.Module:
+def _from_config(config: Any) -> Any:
     from transformers import AutoModelForVideoClassification
 
     return AutoModelForVideoClassification.from_config(config, dtype=torch.float32)
 
 
-def _load(source: weight_files.Source, config: Any, report: LoadReport) -> nn.Module:
+def _load(source: weight_files.Source, config: Any, report: LoadReport) -> Any:
     """The model with the source's tensors. Only the classifier and what is above the backbone may be missing."""
     from transformers import AutoModelForVideoClassification
 
@@ -251,7 +254,7 @@ def _load(source: weight_files.Source, config: Any, report: LoadReport) -> nn.Mo
     return net
 
 
-def _head_path(net: nn.Module) -> str:
+def _head_path(net: Any) -> str:
     """Where the classifier is in a transformers model: its last linear layer with as many outputs as labels."""
     fits = [
         name
@@ -264,9 +267,9 @@ def _head_path(net: nn.Module) -> str:
     return outside[-1]
 
 
-def _draw_classifier(net: nn.Module, scale: float) -> None:
+def _draw_classifier(net: Any, scale: float) -> None:
     old = net.get_submodule(_head_path(net))
-    new = draw_head(old.in_features, old.out_features, scale=scale)
+    new = new_head(old.in_features, old.out_features, scale=scale)
     with torch.no_grad():
         old.weight.copy_(new.weight)
         old.bias.copy_(new.bias)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import tensor_names
+from vac_ddp.models.video_model import VideoModel
+from vac_ddp.models.videomae import VideoMAE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,31 +81,30 @@ class Loaded:
     architecture: plain types; saved beside the weights it lets `load_model` build the same model again.
     """
 
-    model: nn.Module
+    model: VideoModel
     report: LoadReport
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What the checkpoint needs beside the tensors: the model's own account (if it has one), mean and std."""
-        account = getattr(self.model, "architecture", dict)
-        return {**account(), "mean": list(self.mean), "std": list(self.std)}
+        """What the checkpoint needs beside the tensors: what the model says of itself, mean and std."""
+        return {**self.model.architecture(), "mean": list(self.mean), "std": list(self.std)}
 
 
-def file_state(model: nn.Module) -> dict[str, Tensor]:
+def file_state(model: VideoModel) -> dict[str, Tensor]:
     """The state under the names that go to best_<model>.pt, on the CPU, sharing no memory with the model.
 
     VideoMAE takes the names that Hugging Face's VideoMAEForVideoClassification has in memory, so that its
     `load_state_dict` takes the file as it is; other models keep their own.
     """
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    return tensor_names.to_hf(state, model.arch) if _is_videomae(model) else state
+    return tensor_names.to_hf(state, model.arch) if isinstance(model, VideoMAE) else state
 
 
-def load_file_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_file_state(model: VideoModel, state: dict[str, Tensor]) -> None:
     """Put the state that `file_state` gave back, bit for bit; a name or shape that does not fit is a UserError."""
-    if _is_videomae(model):
+    if isinstance(model, VideoMAE):
         state, lacking, _ = tensor_names.from_source(
             state, model.state_dict(), tensor_names.HF, pooling=model.arch.pooling
         )
@@ -114,12 +115,6 @@ def load_file_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"the saved weights are of another model: {first}") from None
-
-
-def _is_videomae(model: nn.Module) -> bool:
-    from vac_ddp.models.videomae import VideoMAE
-
-    return isinstance(model, VideoMAE)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ closed gates (0) the model is the timm ViT averaged over time, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,12 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.load_report import Loaded
-from vac_ddp.models.timm_backbone import (
-    backbone_depths,
-    classify,
-    compile_in_place,
-    create_backbone,
-    draw_head,
-    drop_rates,
-    encode,
-    finish,
-    is_plain_vit,
-    keep_factors,
-    seeded,
-)
+from vac_ddp.models.timm_backbone import FrameModel, create_backbone, encode, finish, is_plain_vit, seeded
+from vac_ddp.models.video_model import keep_factors
 from vac_ddp.settings import ClipSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class SMIF(nn.Module):
@@ -43,6 +35,10 @@ class SMIF(nn.Module):
     Threshold and range are in units of pixels from -1 to 1, what a mean and std of 0.5 make of an image: 0.05 is 0.025
     of the range from black to white. Clips normalized otherwise are compared in these units, by their `mean` and `std`.
     """
+
+    units: Tensor
+    black: Tensor
+    white: Tensor
 
     def __init__(
         self,
@@ -128,74 +124,51 @@ class LMI(nn.Module):
         return (tokens + factor * tokens * gate[:, :, None]).to(tokens.dtype)
 
 
-class LSViT(nn.Module):
+class LSViT(FrameModel):
     """Clips in, logits out: SMIF, a ViT on frames with an LMI after every block, the mean of the CLS tokens over time.
 
-    `noise_size` numbers a clip make the masks: two a block if drop_path > 0 (all frames of a clip share them),
-    then `width` for the head's dropout if head_dropout > 0.
+    mean, std: what the clips are normalized with, for SMIF.
     """
+
+    backbone: VisionTransformer
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: VisionTransformer,
         num_classes: int,
+        settings: ModelSettings,
         *,
-        version: int = 2,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
-        smif: bool = True,
-        lmi: bool = True,
-        drop_path: float = 0.0,
-        head_dropout: float = 0.0,
-        head_init_scale: float = 1.0,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
-        blocks, width = len(backbone.blocks), backbone.embed_dim
-        self.head_dropout, self.checkpointing = head_dropout, 0
-        self.version = version
-        self.smif = SMIF(mean, std, version=version) if smif else None
+        width = backbone.embed_dim
+        self.checkpointing = 0
+        self.version = version = settings.lsvit_version
+        self.smif = SMIF(mean, std, version=version) if settings.smif else None
         self.backbone = backbone
-        self.lmi = nn.ModuleList(LMI(width, version=version) for _ in range(blocks)) if lmi else None
-        self.head = draw_head(width, num_classes, scale=head_init_scale)
-        self.register_buffer("rates", drop_rates(drop_path, blocks if drop_path > 0 else 0), persistent=False)
-        self._depths, self.num_depths = backbone_depths(backbone)
-
-    @property
-    def noise_size(self) -> int:
-        """Random numbers in [0, 1) that a clip brings."""
-        return len(self.rates) + (self.head.in_features if self.head_dropout > 0 else 0)
+        self.lmi = nn.ModuleList(LMI(width, version=version) for _ in backbone.blocks) if settings.lmi else None
+        self.add_classifier(width, num_classes, settings)
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits (B, K) float32 of clips (B, T, 3, H, W), normalised floats; noise (B, noise_size) in [0, 1)."""
+        """Logits (B, K) float32 of clips (B, T, 3, H, W), normalized floats; noise (B, noise_size) in [0, 1)."""
         batch, frames = clips.shape[:2]
+        lmi = self.lmi
         if self.smif is not None:
             clips = self.smif(clips)
 
         def integrate(i: int, tokens: Tensor) -> Tensor:
-            return self.lmi[i](tokens.unflatten(0, (batch, frames))).flatten(0, 1)
+            return tokens if lmi is None else lmi[i](tokens.unflatten(0, (batch, frames))).flatten(0, 1)
 
+        keep = keep_factors(noise, self.rates, frames)
         features = encode(
-            self.backbone,
-            clips.flatten(0, 1),
-            keep=keep_factors(noise, self.rates, frames),
-            checkpointing=self.checkpointing,
-            after_block=None if self.lmi is None else integrate,
+            self.backbone, clips.flatten(0, 1), keep=keep, checkpointing=self.checkpointing, after_block=integrate
         )
-        features = features.unflatten(0, (batch, frames)).mean(1)
-        return classify(self.head, features, None if noise is None else noise[:, len(self.rates) :], self.head_dropout)
+        return self.classify(features.unflatten(0, (batch, frames)).mean(1), noise)
 
-    def compile_blocks(self) -> None:
-        """Compile every block, the LMIs and the SMIF in place."""
-        compile_in_place([*self.backbone.blocks, *(self.lmi or ()), *([self.smif] if self.smif is not None else ())])
-
-    def depth_of(self, name: str) -> int:
-        """Depth of a parameter: 0 embedding, i + 1 block i; final norm, classifier and the new motion parts on top."""
-        part, _, rest = name.partition(".")
-        return self._depths[rest] if part == "backbone" else self.num_depths - 1
-
-    def head_names(self) -> set[str]:
-        """Names of the classifier's parameters."""
-        return {"head.weight", "head.bias"}
+    def compiled_modules(self) -> list[nn.Module]:
+        """Every block, the LMIs and the SMIF."""
+        return [*self.backbone.blocks, *(self.lmi or ()), *([self.smif] if self.smif is not None else ())]
 
     def architecture(self) -> dict[str, Any]:
         """What a checkpoint says of the model beside the settings, in plain types."""
@@ -213,18 +186,7 @@ def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
                 f"model.backbone={settings.backbone} is no plain ViT of timm (vit_*, deit_*), which lsvit needs: "
                 "give one, or model.name=frame_vit"
             )
-        model = LSViT(
-            backbone,
-            num_classes,
-            version=settings.lsvit_version,
-            mean=report.mean,
-            std=report.std,
-            smif=settings.smif,
-            lmi=settings.lmi,
-            drop_path=settings.drop_path,
-            head_dropout=settings.head_dropout,
-            head_init_scale=settings.head_init_scale,
-        )
+        model = LSViT(backbone, num_classes, settings, mean=report.mean, std=report.std)
     motion = ["SMIF"] * settings.smif + ["LMI"] * settings.lmi
     versioned = [f"{part} (version {settings.lsvit_version})" for part in motion]
     return finish(model, report, ", ".join(["classifier", *versioned]))

@@ -11,37 +11,35 @@ import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
 from vac_ddp.models.load_report import Loaded, LoadReport
+from vac_ddp.models.video_model import VideoModel, add_branch, classify, drop_rates, new_head, run_blocks
 from vac_ddp.models.weight_files import Source
 from vac_ddp.schema import fault
 from vac_ddp.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from timm.models import vision_transformer as timm_vit
 
 
 class Block(nn.Module):
     """A timm ViT block, its parts taken over under their own names, with drop path from outside."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: timm_vit.Block) -> None:
         super().__init__()
         self.norm1, self.attn, self.ls1 = source.norm1, source.attn, source.ls1
         self.norm2, self.mlp, self.ls2 = source.norm2, source.mlp, source.ls2
 
     def forward(self, x: Tensor, keep_attention: Tensor | None = None, keep_mlp: Tensor | None = None) -> Tensor:
         """From x (N, P, C) to (N, P, C); the factors (N, 1, 1) scale what the two branches add (None: by 1)."""
-        x = _add(x, self.ls1(self.attn(self.norm1(x))), keep_attention)
-        return _add(x, self.ls2(self.mlp(self.norm2(x))), keep_mlp)
-
-
-def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    # The float32 factor must not turn a bfloat16 residual stream into a float32 one.
-    return x + branch if keep is None else (x + branch * keep).to(x.dtype)
+        x = add_branch(x, self.ls1(self.attn(self.norm1(x))), keep_attention)
+        return add_branch(x, self.ls2(self.mlp(self.norm2(x))), keep_mlp)
 
 
 @contextlib.contextmanager
@@ -52,7 +50,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def create_backbone(settings: ModelSettings, *, size: int) -> tuple[nn.Module, LoadReport]:
+def create_backbone(settings: ModelSettings, *, size: int) -> tuple[Any, LoadReport]:
     """The timm model `settings.backbone` without a classifier, for frames of size x size pixels, with its weights.
 
     settings.weights: null (random), a file or directory with timm's tensor names, a timm name (architecture.tag) or
@@ -112,7 +110,7 @@ def _sizes(settings: ModelSettings) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def is_plain_vit(model: nn.Module) -> bool:
+def is_plain_vit(model: nn.Module) -> TypeGuard[timm_vit.VisionTransformer]:
     """Whether the blocks of this timm model can be run here: a VisionTransformer of pre-norm blocks, as most are."""
     from timm.models import vision_transformer as timm_vit
 
@@ -231,24 +229,8 @@ def backbone_depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
     return depths, max(depths.values()) + 2
 
 
-def drop_rates(last: float, blocks: int) -> Tensor:
-    """Drop path rates (2 x blocks,) float32, two a block, rising linearly from 0 to `last` (Huang et al., 2016)."""
-    return torch.tensor([last * i / max(1, blocks - 1) for i in range(blocks) for _ in range(2)])
-
-
-def keep_factors(noise: Tensor | None, rates: Tensor, frames: int) -> Sequence[Tensor] | None:
-    """Two factors (B x frames, 1, 1) a block, the same in all frames of a clip; None where nothing is dropped.
-
-    noise: (B, >= 2 x blocks) in [0, 1). A factor is 0 with the branch's rate, else 1 / (1 - rate): the mean stays.
-    """
-    if noise is None or not len(rates):
-        return None
-    factors = (noise[:, : len(rates)] >= rates) / (1 - rates)
-    return factors.T.repeat_interleave(frames, dim=1)[:, :, None, None].unbind(0)
-
-
 def encode(
-    vit: nn.Module,
+    vit: timm_vit.VisionTransformer,
     frames: Tensor,
     *,
     keep: Sequence[Tensor] | None = None,
@@ -257,50 +239,48 @@ def encode(
 ) -> Tensor:
     """Features (N, C) of frames (N, 3, H, W) by a plain ViT, as its own forward without a classifier makes them.
 
-    keep: see `keep_factors`. checkpointing: blocks from below that are computed again in the backward pass.
-    after_block: changes the tokens (N, P, C) behind block i.
+    keep, checkpointing, after_block: as in `run_blocks`.
     """
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(frames))))
-    for i, block in enumerate(vit.blocks):
-        pair = (None, None) if keep is None else (keep[2 * i], keep[2 * i + 1])
-        if i < checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, *pair, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, *pair)
-        if after_block is not None:
-            x = after_block(i, x)
+    x = run_blocks(vit.blocks, x, keep=keep, checkpointing=checkpointing, after_block=after_block)
     return vit.forward_head(vit.norm(x), pre_logits=True)
 
 
-def draw_head(width: int, num_classes: int, *, scale: float) -> nn.Linear:
-    """A classifier: truncated normal 0.02 times `scale`, zero bias (the recipe of the VideoMAE code)."""
-    head = nn.Linear(width, num_classes)
-    with torch.no_grad():
-        nn.init.trunc_normal_(head.weight, std=0.02).mul_(scale)
-        nn.init.zeros_(head.bias)
-    return head
+class FrameModel(VideoModel):
+    """A model that runs a timm backbone on every frame of a clip.
+
+    The masks of drop path and of the head's dropout are made from `noise_size` numbers a clip: two a block if
+    drop_path > 0 (all frames of a clip share them), then `width` if head_dropout > 0.
+    """
+
+    backbone: Any  # a VisionTransformer with blocks of ours where `is_plain_vit`, else any model of timm
+    head: nn.Linear
+    rates: Tensor
+
+    def add_classifier(self, width: int, num_classes: int, settings: ModelSettings) -> None:
+        """Draw the head for features of `width` numbers, and set up what depends on the backbone: to be called last."""
+        self.head = new_head(width, num_classes, scale=settings.head_init_scale)
+        self.head_dropout = settings.head_dropout
+        blocks = len(self.backbone.blocks) if settings.drop_path > 0 else 0
+        self.register_buffer("rates", drop_rates(settings.drop_path, blocks), persistent=False)
+        self._depths, self.num_depths = backbone_depths(self.backbone)
+
+    @property
+    def noise_size(self) -> int:
+        """Random numbers in [0, 1) that a clip brings."""
+        return len(self.rates) + (self.head.in_features if self.head_dropout > 0 else 0)
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter: 0 embedding or stem, then the backbone's layers; all that is new on top."""
+        part, _, rest = name.partition(".")
+        return self._depths[rest] if part == "backbone" else self.num_depths - 1
+
+    def classify(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """Logits (B, K) float32 of features (B, C)."""
+        return classify(self.head, features, None if noise is None else noise[:, len(self.rates) :], self.head_dropout)
 
 
-def classify(head: nn.Module, features: Tensor, noise: Tensor | None, rate: float) -> Tensor:
-    """Logits (B, K) of features (B, C), in float32 also under autocast; dropout by noise (B, C) in [0, 1)."""
-    device = features.device.type
-    autocast = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        features = features.float()
-        if noise is not None and rate > 0:
-            features = features * (noise >= rate).to(features.dtype) / (1 - rate)
-        return head(features)
-
-
-def compile_in_place(modules: Sequence[nn.Module]) -> None:
-    """Compile each module in place, without graph breaks; parameter names stay as they are."""
-    # Blocks share their code, and with it the limit on how often it may be compiled for other shapes and grad modes.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for module in modules:
-        module.compile(fullgraph=True)
-
-
-def finish(model: nn.Module, report: LoadReport, new: str) -> Loaded:
+def finish(model: FrameModel, report: LoadReport, new: str) -> Loaded:
     """The loaded model with its report brought up to date: what is `new`, and the share of parameters it had."""
     total = sum(parameter.numel() for parameter in model.parameters())
     old = sum(parameter.numel() for parameter in model.backbone.parameters()) if report.used else 0

@@ -8,7 +8,6 @@ depend on how a batch is split into ranks and micro-batches.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -18,9 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.video_model import (
+    VideoModel,
+    add_branch,
+    classify,
+    drop_rates,
+    full_precision,
+    init_head,
+    keep_factors,
+    run_blocks,
+)
 from vac_ddp.settings import ClipSettings
 
 Grid = tuple[int, int, int]
@@ -83,22 +91,20 @@ class Block(nn.Module):
         parts = qkv.chunk(3, dim=-1)  # of the last axis: going back they are put together by one copy, not two
         q, k, v = (part.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = _add(x, self.proj(mixed), keep_attention)
-        return _add(x, self.fc2(F.gelu(self.fc1(self.norm2(x)))), keep_mlp)
+        x = add_branch(x, self.proj(mixed), keep_attention)
+        return add_branch(x, self.fc2(F.gelu(self.fc1(self.norm2(x)))), keep_mlp)
 
 
-def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    # The float32 factor must not turn a bfloat16 residual stream into a float32 one.
-    return x + branch if keep is None else (x + branch * keep).to(x.dtype)
-
-
-class VideoMAE(nn.Module):
+class VideoMAE(VideoModel):
     """Clips in, logits out.
 
     `noise_size` numbers a sample make the masks: two a block if drop_path > 0, then `width` for the head's
     dropout if head_dropout > 0. drop_path rises linearly from 0 at the first block to the given value at the last.
     The position table is a buffer that is not saved: it follows from the architecture.
     """
+
+    drop_rates: Tensor
+    positions: Tensor
 
     def __init__(
         self, architecture: Architecture, num_classes: int, *, drop_path: float = 0.0, head_dropout: float = 0.0
@@ -109,42 +115,31 @@ class VideoMAE(nn.Module):
         self.head_dropout = head_dropout
         self.drop_path = drop_path
         self.checkpointing = 0
+        self.num_depths = arch.depth + 2  # embedding, every block, and norm with classifier
         self.patch_embed = nn.Linear(3 * arch.tubelet * arch.patch**2, arch.width)
         self.blocks = nn.ModuleList(Block(arch.width, arch.heads, arch.mlp, arch.eps) for _ in range(arch.depth))
         self.fc_norm = nn.LayerNorm(arch.width, eps=arch.head_eps if arch.pooling == "mean" else arch.eps)
         self.head = nn.Linear(arch.width, num_classes)
-        self._set_buffers()
+        self.set_buffers()
 
-    def _set_buffers(self) -> None:
+    def set_buffers(self) -> None:
         """What follows from the settings and has to be on the device: no copy in the step, nothing in the files."""
-        depth = self.arch.depth
-        rates = [self.drop_path * i / max(1, depth - 1) for i in range(depth) for _ in range(2)]
-        table = position_table(self.arch.grids, self.arch.width)
-        self.register_buffer("drop_rates", torch.tensor(rates, device="cpu"), persistent=False)
-        self.register_buffer("positions", table, persistent=False)
+        rates = drop_rates(self.drop_path, self.arch.depth if self.drop_path > 0 else 0)
+        self.register_buffer("drop_rates", rates, persistent=False)
+        self.register_buffer("positions", position_table(self.arch.grids, self.arch.width), persistent=False)
 
     @property
     def noise_size(self) -> int:
         """Random numbers in [0, 1) that a sample brings."""
-        return self._block_noise + (self.arch.width if self.head_dropout > 0 else 0)
-
-    @property
-    def _block_noise(self) -> int:
-        return 2 * self.arch.depth if self.drop_path > 0 else 0
+        return len(self.drop_rates) + (self.arch.width if self.head_dropout > 0 else 0)
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) float32 of clips (B, T, 3, H, W), normalised floats.
 
         noise: (B, noise_size) in [0, 1); without it nothing is dropped and the result is deterministic.
         """
-        x = self.embed(clips)
-        keep = self._keep_factors(noise)
-        for i, block in enumerate(self.blocks):
-            pair = (None, None) if keep is None else (keep[2 * i], keep[2 * i + 1])
-            if i < self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *pair, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, *pair)
+        keep = keep_factors(noise, self.drop_rates)
+        x = run_blocks(self.blocks, self.embed(clips), keep=keep, checkpointing=self.checkpointing)
         return self.classify(x, noise)
 
     def embed(self, clips: Tensor) -> Tensor:
@@ -166,37 +161,15 @@ class VideoMAE(nn.Module):
 
     def classify(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) of tokens (B, N, D), in float32 also under autocast."""
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        with full_precision(x.device):
             pooled = x.float().mean(1) if self.arch.pooling == "mean" else x[:, 0].float()
             pooled = self.fc_norm(pooled)
-            if noise is not None and self.head_dropout > 0:
-                kept = noise[:, self._block_noise :] >= self.head_dropout
-                pooled = pooled * kept.to(pooled.dtype) / (1 - self.head_dropout)
-            return self.head(pooled)
+        head_noise = None if noise is None else noise[:, len(self.drop_rates) :]
+        return classify(self.head, pooled, head_noise, self.head_dropout)
 
-    def _keep_factors(self, noise: Tensor | None) -> Sequence[Tensor] | None:
-        """Two factors (B, 1, 1) a block: 0 with the block's probability, else what keeps the mean."""
-        if noise is None or not self._block_noise:
-            return None
-        factors = (noise[:, : self._block_noise] >= self.drop_rates) / (1 - self.drop_rates)
-        return factors.T[:, :, None, None].unbind(0)
-
-    def compile_blocks(self) -> None:
-        """Compile every block in place; parameter names stay as they are."""
-        import torch._dynamo
-
-        # Blocks share their code, and with it the limit on how often it may be compiled for another batch size,
-        # grad mode or frozen block; past the limit fullgraph is an error.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in self.blocks:
-            block.compile(fullgraph=True)
-
-    @property
-    def num_depths(self) -> int:
-        """Depths for layer decay: embedding, every block, and norm with classifier."""
-        return self.arch.depth + 2
+    def compiled_modules(self) -> list[nn.Module]:
+        """Every block."""
+        return list(self.blocks)
 
     def depth_of(self, name: str) -> int:
         """Depth of a parameter: 0 embedding, i + 1 block i, num_depths - 1 final norm and classifier."""
@@ -204,10 +177,6 @@ class VideoMAE(nn.Module):
         if part == "blocks":
             return int(rest.partition(".")[0]) + 1
         return {"patch_embed": 0, "fc_norm": self.num_depths - 1, "head": self.num_depths - 1}[part]
-
-    def head_names(self) -> set[str]:
-        """Names of the classifier's parameters."""
-        return {"head.weight", "head.bias"}
 
     def architecture(self) -> dict[str, Any]:
         """The architecture in plain types, for the checkpoint."""
@@ -246,14 +215,7 @@ def init_weights(model: VideoMAE, generator: torch.Generator, *, head_scale: flo
     bound = 1 / math.sqrt(model.patch_embed.in_features)
     nn.init.uniform_(model.patch_embed.weight, -bound, bound, generator=generator)
     nn.init.uniform_(model.patch_embed.bias, -bound, bound, generator=generator)
-    init_head(model, generator, head_scale=head_scale)
-
-
-@torch.no_grad()
-def init_head(model: VideoMAE, generator: torch.Generator, *, head_scale: float) -> None:
-    """Draw the classifier: truncated normal 0.02, zero bias, both times `head_scale`."""
-    nn.init.trunc_normal_(model.head.weight, std=0.02, generator=generator).mul_(head_scale)
-    nn.init.zeros_(model.head.bias)
+    init_head(model.head, scale=head_scale, generator=generator)
 
 
 def empty_model(architecture: Architecture, num_classes: int, **options: float) -> VideoMAE:
@@ -261,7 +223,7 @@ def empty_model(architecture: Architecture, num_classes: int, **options: float) 
     with torch.device("meta"):
         model = VideoMAE(architecture, num_classes, **options)
     model.to_empty(device="cpu")
-    model._set_buffers()
+    model.set_buffers()
     return model
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vac_ddp.errors import UserError
 from vac_ddp.models import tensor_names, videomae
 from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
-from vac_ddp.models.videomae import Architecture
+from vac_ddp.models.video_model import init_head
+from vac_ddp.models.videomae import Architecture, VideoMAE
 from vac_ddp.models.weight_files import Source, normalisation_of
 from vac_ddp.settings import ClipSettings, ModelSettings
 
@@ -371,12 +372,12 @@ def _unused(source: Source, state: dict[str, Tensor], used: set[str], arch: Arch
     return left
 
 
-def _draw_new(model: nn.Module, drawn: set[str], seed: int, head_scale: float) -> None:
+def _draw_new(model: VideoMAE, drawn: set[str], seed: int, head_scale: float) -> None:
     if "fc_norm.weight" in drawn:
         nn.init.ones_(model.fc_norm.weight)
         nn.init.zeros_(model.fc_norm.bias)
     if "head.weight" in drawn:
-        videomae.init_head(model, generator(seed), head_scale=head_scale)
+        init_head(model.head, scale=head_scale, generator=generator(seed))
 
 
 def _normalisation(

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vac_ddp.data.augment import normalise
 from vac_ddp.data.loader import TestBatch
 from vac_ddp.errors import UserError
+from vac_ddp.models import VideoModel
 from vac_ddp.settings import ClipSettings
 
 WORTH_DOUBLING = 0.98  # of the time a clip takes: a larger pass must bring at least that
@@ -27,7 +28,7 @@ class Scorer:
     pad: fill the last, short pass with zeros, because a compiled model would be compiled again for its size.
     """
 
-    model: nn.Module
+    model: VideoModel
     device: torch.device
     autocast: torch.dtype | None
     mean: tuple[float, ...]

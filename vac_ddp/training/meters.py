@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
+from vac_ddp.models import VideoModel
 from vac_ddp.models.compilation import zeros_loss
 from vac_ddp.settings import ClipSettings
 from vac_ddp.training.health import Summary
@@ -23,7 +23,7 @@ SIDE = {"cuda": 8192, "cpu": 768}  # of the square matrices whose product is the
 GIB = 1 << 30
 
 
-def clip_flops(model: nn.Module, clip: ClipSettings) -> tuple[float, float] | None:
+def clip_flops(model: VideoModel, clip: ClipSettings) -> tuple[float, float] | None:
     """FLOP of one clip, (forward, forward and backward), a multiply-add counting as two.
 
     Counted on one real pass, without autocast, that leaves nothing behind. What checkpointing computes again does not

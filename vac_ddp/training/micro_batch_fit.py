@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 
 import torch
-from torch import nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models import VideoModel
 from vac_ddp.models.compilation import train_pass
 from vac_ddp.settings import ClipSettings
 
@@ -15,7 +15,7 @@ HEADROOM = 0.9  # of the memory that is free: gradients' buckets, optimizer and 
 
 
 def fit_clips(
-    model: nn.Module, clip: ClipSettings, *, autocast: torch.dtype | None, most: int, device: torch.device
+    model: VideoModel, clip: ClipSettings, *, autocast: torch.dtype | None, most: int, device: torch.device
 ) -> int:
     """The largest number of clips, at most `most`, whose forward and backward pass fit on a CUDA `device`.
 
@@ -47,7 +47,7 @@ def fit_clips(
 
 
 def _passes(
-    model: nn.Module, clip: ClipSettings, autocast: torch.dtype | None, size: int, device: torch.device
+    model: VideoModel, clip: ClipSettings, autocast: torch.dtype | None, size: int, device: torch.device
 ) -> bool:
     torch.cuda.reset_peak_memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory

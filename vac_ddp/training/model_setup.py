@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vac_ddp.data import randaugment
 from vac_ddp.data.split import parse_fold
-from vac_ddp.models import Loaded
+from vac_ddp.models import Loaded, VideoModel
 from vac_ddp.models.build import architecture_of
 from vac_ddp.models.compilation import compile_if_it_works, train_pass
 from vac_ddp.models.precision import AUTOCAST, precision_of, run_precision
@@ -154,7 +154,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradS
         scaler.load_state_dict(scale)
 
 
-def _clips_per_gpu(config: Config, model: torch.nn.Module, device: torch.device, resumed: Resumed) -> int:
+def _clips_per_gpu(config: Config, model: VideoModel, device: torch.device, resumed: Resumed) -> int:
     """The micro-batch: as set, as the run had it, 8 on the CPU, or what fits on the smallest GPU."""
     wanted = config.train.clips_per_gpu
     if isinstance(wanted, int):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models import VideoModel
 from vac_ddp.settings import OptimSettings
 
 Group = dict[str, Any]
@@ -20,26 +21,12 @@ TABLES = re.compile(
 )
 
 
-class Layered(Protocol):
-    """What a model tells the optimizer about its parameters' places, beside being an `nn.Module`."""
-
-    num_depths: int
-
-    def depth_of(self, name: str) -> int:
-        """0: embedding, i + 1: block i, num_depths - 1: final norm and head."""
-        ...
-
-    def head_names(self) -> set[str]:
-        """Names of the parameters of the new classifier."""
-        ...
-
-
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: not to 1-D parameters and scalars, biases, position tables and learnt tokens."""
     return parameter.ndim > 1 and not name.endswith("bias") and TABLES.search(name) is None
 
 
-def freeze(model: nn.Module, freeze_depth: int) -> list[str]:
+def freeze(model: VideoModel, freeze_depth: int) -> list[str]:
     """Switch gradients off below `freeze_depth` (1: the embedding, 2: and the first block...); returns the names.
 
     To be called before the model is wrapped by DDP. All layers, head included, cannot be frozen: UserError.
@@ -55,8 +42,8 @@ def freeze(model: nn.Module, freeze_depth: int) -> list[str]:
     return frozen
 
 
-def make_groups(model: nn.Module, settings: OptimSettings, freeze_depth: int = 0) -> list[Group]:
-    """The parameter groups of a bare model (see `Layered`), embedding first.
+def make_groups(model: VideoModel, settings: OptimSettings, freeze_depth: int = 0) -> list[Group]:
+    """The parameter groups of a bare model, embedding first.
 
     Each group: params, names, depth, lr_scale, weight_decay. lr_scale = layer_decay ** (num_depths - 1 - depth),
     times head_lr_scale for the classifier (official VideoMAE and BEiT code: layer_decay ** (L + 1 - id)). Every

@@ -20,6 +20,7 @@ from torch import nn
 from vac_ddp.data.augment import augment_clips
 from vac_ddp.data.loader import Batch
 from vac_ddp.data.mixing import mix, soft_targets
+from vac_ddp.models import VideoModel
 from vac_ddp.models.precision import autocast
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.settings import Config
@@ -73,7 +74,7 @@ class Stepper:
     """What a step works on. `network` is the DDP module, or the bare `model` in a single process."""
 
     config: Config
-    model: nn.Module
+    model: VideoModel
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None
