@@ -32,8 +32,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run from a clone that is not installed
 
 from vac_ddp import errors, files  # noqa: E402
-from vac_ddp.commands import train_command as local_launch  # noqa: E402
 from vac_ddp.errors import UserError  # noqa: E402
+from vac_ddp.runtime import torchrun  # noqa: E402
 from vac_ddp.runtime.ranks import restarts  # noqa: E402
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -124,8 +124,8 @@ class Ranks:
         """How the torchruns of the nodes find one another."""
         words = [f"--nproc-per-node={self.ranks}", f"--max-restarts={self.max_restarts}"]
         words += [
-            f"--signals-to-handle={local_launch.SIGNALS}",
-            *local_launch.save_time_words(local_launch.SAVE_TIME_S),
+            f"--signals-to-handle={torchrun.SIGNALS}",
+            *torchrun.save_time_words(torchrun.SAVE_TIME_S),
         ]
         words += ["--rdzv-backend=c10d", f"--rdzv-id={job.job_id}-{self.attempt}-{place}"]
         if job.num_nodes == 1:

@@ -58,7 +58,7 @@ start_ranks() {
     told=$SLURM_SUBMIT_DIR/.vac-status-$job-$attempt.json # on the file system that all nodes share
     rm -f "$told"
     # Only where torchrun has the option; where it does not, this says what that means.
-    save_time=$("$python" -m vac_ddp.commands.train_command "${VAC_SAVE_TIME:-300}") || exit 1
+    save_time=$("$python" -m vac_ddp.runtime.torchrun "${VAC_SAVE_TIME:-300}") || exit 1
 
     export VAC_STATUS_FILE=$told VAC_STATUS_ONLY=1
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store for each restart: see distributed.py

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
 from tests.support import REPO, environment
-from vac_ddp.commands.train_command import save_time_words
+from vac_ddp.runtime.torchrun import save_time_words
 
 HAS_SAVE_TIME = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
 

@@ -1,4 +1,4 @@
-"""Arguments: the parser of all programs, numbers within bounds, and the settings of a training program."""
+"""Arguments: the parser of all programs, the settings of a training, and what a prediction is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,23 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], fl
         raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {allowed}; got {shown(text)}")
 
     return read
+
+
+def take_nproc(argv: list[str]) -> tuple[int, list[str]]:
+    """The number of ranks (--nproc N, default: one a GPU, or one) and the other arguments."""
+    for place, word in enumerate(argv):
+        if word == "--nproc" or word.startswith("--nproc="):
+            inside = "=" in word
+            text = word.partition("=")[2] if inside else "".join(argv[place + 1 : place + 2])
+            if not re.fullmatch("[1-9][0-9]{0,3}", text):
+                raise UserError(f"--nproc {text or '(nothing)'}: a number of ranks from 1")
+            return int(text), argv[:place] + argv[place + (1 if inside else 2) :]
+    import torch
+
+    return max(1, torch.cuda.device_count()), argv
+
+
+# ---------------------------------------------------------------- training
 
 
 @dataclass(kw_only=True)
@@ -121,3 +139,66 @@ def help_text(program: str, about: str) -> str:
         lines.append(f"  {name}  <{type_name(field.type)}>  = {text or chr(39) * 2}{bounds}")
         lines.append(f"      {field.metadata['help']}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- prediction
+
+
+@dataclass(kw_only=True)
+class PredictionOptions:
+    """What was asked of a prediction: `weights` is a run directory or a file, `words` are settings."""
+
+    weights: str
+    data: Path | None
+    part: str | None
+    out: Path | None
+    sample: str | None
+    views: str | None
+    overwrite: bool
+    debug: bool
+    words: list[str]
+
+
+def parse_prediction(argv: list[str]) -> PredictionOptions:
+    """Read the command line; UserError in one line, --help ends here."""
+    parser = ArgumentParser(
+        prog="vac predict",
+        description="Predict a test folder, evaluate a labelled one, or name what one video shows.",
+        epilog="group.name=value changes the run's settings: "
+        + ", ".join(name for name in leaves() if name.startswith("predict."))
+        + ", data.workers, train.precision, clip.short_side and other settings of data and clip.",
+    )
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="a run directory: its best_<model>.pt is used")
+    add("--weights", metavar="FILE", help="or a best_<model>.pt itself")
+    add("--data", metavar="DIR", help="<video>/*.jpg, labelled <class>/<video>/*.jpg, CSV, packed set; or one video: "
+        "a folder of frames or a video file")  # fmt: skip
+    add("--part", choices=("train", "val"), help="instead: this part of the run's own data, by its split.csv")
+    add("--out", metavar="DIR", help="where the results go (default: RUN/predictions/<name of the data folder>)")
+    add("--sample", metavar="CSV", help="write submission.csv after the rows of this sample_submission.csv")
+    add("--views", metavar="KxC", help="K windows over the video x C crops (5x3), with +flip also mirrored")
+    add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
+    add("--overwrite", action="store_true", help="throw away another prediction that --out holds")
+    add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
+    flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
+    for word in [word for word in words if word.startswith("run.dir=")]:
+        flags.run = word.partition("=")[2]
+        words.remove(word)
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            raise UserError(f"unknown argument {word} (see --help)")
+    if (flags.run is None) == (flags.weights is None):
+        raise UserError("give one of --run DIR and --weights FILE")
+    if flags.data is None and flags.part is None:
+        raise UserError("give --data DIR, or --part val for the run's own validation part (see --help)")
+    return PredictionOptions(
+        weights=flags.run or flags.weights,
+        data=Path(flags.data).expanduser() if flags.data else None,
+        part=flags.part,
+        out=Path(flags.out).expanduser() if flags.out else None,
+        sample=flags.sample,
+        views=flags.views,
+        overwrite=flags.overwrite,
+        debug=flags.debug,
+        words=words,
+    )

@@ -6,8 +6,6 @@ The torchrun of Python before 3.12.8 takes `--run` for its own `--run-path` and 
 
 from __future__ import annotations
 
-from vac_ddp.arguments import ArgumentParser
-
 if __name__ == "__main__":
     from vac_ddp.runtime.monitor import end_imports_quietly
 
@@ -19,13 +17,13 @@ import sys
 import tempfile
 import time
 import types
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from vac_ddp import config as settings_io
+from vac_ddp.arguments import PredictionOptions, parse_prediction, take_nproc
 from vac_ddp.checks import check_prediction
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.results import averaging, submission
@@ -34,6 +32,7 @@ from vac_ddp.results.metrics import log_softmax
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.exit_status import run_door
 from vac_ddp.runtime.monitor import PROCESS
+from vac_ddp.runtime.torchrun import run_ranks
 from vac_ddp.settings import Config
 
 if TYPE_CHECKING:
@@ -42,73 +41,12 @@ if TYPE_CHECKING:
     from vac_ddp.models.weight_files import Source
     from vac_ddp.runtime.signals import StopRequest
 
-ABOUT = "Predict a test folder, evaluate a labelled one, or name what one video shows."
 CHANGEABLE = ("predict.", "data.", "clip.", "train.precision")
 TOP = 5
 NAMED = 5
 
 
-@dataclass(kw_only=True)
-class Options:
-    """What was asked for."""
-
-    weights: str
-    data: Path | None
-    part: str | None
-    out: Path | None
-    sample: str | None
-    views: str | None
-    overwrite: bool
-    debug: bool
-    words: list[str]
-
-
-def parse(argv: list[str]) -> Options:
-    """Read the command line; UserError in one line, --help ends here."""
-    parser = ArgumentParser(
-        prog="vac predict",
-        description=ABOUT,
-        epilog="group.name=value changes the run's settings: "
-        + ", ".join(name for name in settings_io.leaves() if name.startswith("predict."))
-        + ", data.workers, train.precision, clip.short_side and other settings of data and clip.",
-    )
-    add = parser.add_argument
-    add("--run", metavar="DIR", help="a run directory: its best_<model>.pt is used")
-    add("--weights", metavar="FILE", help="or a best_<model>.pt itself")
-    add("--data", metavar="DIR", help="<video>/*.jpg, labelled <class>/<video>/*.jpg, CSV, packed set; or one video: "
-        "a folder of frames or a video file")  # fmt: skip
-    add("--part", choices=("train", "val"), help="instead: this part of the run's own data, by its split.csv")
-    add("--out", metavar="DIR", help="where the results go (default: RUN/predictions/<name of the data folder>)")
-    add("--sample", metavar="CSV", help="write submission.csv after the rows of this sample_submission.csv")
-    add("--views", metavar="KxC", help="K windows over the video x C crops (5x3), with +flip also mirrored")
-    add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
-    add("--overwrite", action="store_true", help="throw away another prediction that --out holds")
-    add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
-    flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
-    for word in [word for word in words if word.startswith("run.dir=")]:
-        flags.run = word.partition("=")[2]
-        words.remove(word)
-    for word in words:
-        if word.startswith("-") or "=" not in word:
-            raise UserError(f"unknown argument {word} (see --help)")
-    if (flags.run is None) == (flags.weights is None):
-        raise UserError("give one of --run DIR and --weights FILE")
-    if flags.data is None and flags.part is None:
-        raise UserError("give --data DIR, or --part val for the run's own validation part (see --help)")
-    return Options(
-        weights=flags.run or flags.weights,
-        data=Path(flags.data).expanduser() if flags.data else None,
-        part=flags.part,
-        out=Path(flags.out).expanduser() if flags.out else None,
-        sample=flags.sample,
-        views=flags.views,
-        overwrite=flags.overwrite,
-        debug=flags.debug,
-        words=words,
-    )
-
-
-def prediction_settings(saved: dict[str, Any], options: Options, where: str) -> Config:
+def prediction_settings(saved: dict[str, Any], options: PredictionOptions, where: str) -> Config:
     """The run's settings with what the command line changes. UserError for a setting that means nothing here."""
     config = settings_io.from_dict(saved, where=where)
     if options.views:
@@ -160,7 +98,7 @@ def kind_of(data: Path) -> Kind:
 
 def predict(argv: list[str]) -> dict[str, Any] | None:
     """Parse, build, run, close. Returns facts for the status file; raises Findings for videos without an answer."""
-    options = parse(argv)
+    options = parse_prediction(argv)
     kind = "labelled" if options.part or options.data is None else kind_of(options.data)
     if options.sample:
         submission.read_sample(options.sample)
@@ -192,7 +130,13 @@ def _weights_file(asked: str) -> Path:
 
 
 def _predict_folder(
-    options: Options, config: Config, source: Source, device: torch.device, *, labelled: bool, stop: StopRequest
+    options: PredictionOptions,
+    config: Config,
+    source: Source,
+    device: torch.device,
+    *,
+    labelled: bool,
+    stop: StopRequest,
 ) -> None:
     """A folder of videos: views file, submission, scores, and the evaluation where there are labels."""
     from vac_ddp.predicting import prediction
@@ -228,7 +172,7 @@ def _predict_folder(
         )
 
 
-def _predict_one(options: Options, config: Config, source: Source, device: torch.device, kind: Kind) -> None:
+def _predict_one(options: PredictionOptions, config: Config, source: Source, device: torch.device, kind: Kind) -> None:
     """One video: its best classes are printed, and files are written only where --out says so."""
     from vac_ddp.predicting import prediction
 
@@ -268,10 +212,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start_ranks(argv: list[str]) -> int:
     """Check what one process can check, then start the ranks."""
-    from vac_ddp.commands.train_command import run_ranks, take_nproc
-
     ranks, rest = take_nproc(argv)
-    options = parse(rest)
+    options = parse_prediction(rest)
     if options.data is not None:
         kind_of(options.data)
     _weights_file(options.weights)

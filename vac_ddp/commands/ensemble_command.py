@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vac_ddp import errors
-from vac_ddp.arguments import ArgumentParser, number, parse_settings
+from vac_ddp.arguments import ArgumentParser, number, parse_settings, take_nproc
 from vac_ddp.commands import score_command, train_command
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.files import write_text
@@ -102,7 +102,7 @@ def pool(files: Sequence[Views], *, method: averaging.Method = "mean-logits") ->
 
 def main(argv: list[str] | None = None) -> int:
     """Train, predict and score all members; returns the exit status. Raises UserError and Interrupted."""
-    ranks, rest = train_command.take_nproc(list(argv or []))
+    ranks, rest = take_nproc(list(argv or []))
     options, words = _parse(rest)
     config = parse_settings(words, program="vac ensemble", about=ABOUT).config
     seeds = _seeds(options.seeds) if options.seeds else [config.seed]
