@@ -11,8 +11,9 @@ from PIL import Image
 from tests.support import shared
 from vac_ddp import cli
 from vac_ddp.audit.duplicates import THRESHOLD, Hashes, collect, hash_frame, near_pairs, sampled
+from vac_ddp.audit.inspection import inspect_video
 from vac_ddp.audit.shortcuts import nearest_neighbour
-from vac_ddp.commands.audit_command import look_at, main
+from vac_ddp.commands.audit_command import main
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
@@ -379,7 +380,7 @@ def test_every_frame_of_a_video_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "t" / "1" / "0013.jpg").write_bytes(b"x")
     (tmp_path / "t" / "1" / "0014.jpg").unlink()
     index = open_index(tmp_path / "t", labelled=False, settings=DataSettings())
-    look = look_at(index, 0)
+    look = inspect_video(index, 0)
     assert look.sizes == {(72, 96): 38}
     assert [frame for frame, _ in look.damaged] == [12]
     assert len(look.hashes) == 8

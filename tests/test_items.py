@@ -12,9 +12,9 @@ import torch
 
 from tests.frame_data import MemoryVideos, jpeg, write_video
 from vac_ddp.audio import spectrogram
+from vac_ddp.audit.inspection import inspect_video
 from vac_ddp.cli import main
 from vac_ddp.commands.audio_command import Sounds
-from vac_ddp.commands.audit_command import look_at
 from vac_ddp.data.frames import read_clip
 from vac_ddp.data.index import open_index
 from vac_ddp.settings import DataSettings
@@ -89,7 +89,7 @@ def test_whatever_reading_a_frame_raises_is_that_frame(error: Exception) -> None
         def frame_bytes(self, video: int, frame: int) -> bytes:
             return read(frame)
 
-    look = look_at(Videos([good]), 0)
+    look = inspect_video(Videos([good]), 0)
     assert look.damaged == [(1, damaged[1])]
     assert look.sizes.total() == 2
 

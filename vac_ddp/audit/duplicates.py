@@ -12,6 +12,7 @@ finds copies that were scaled, compressed, shifted or mirrored, about nine halve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,10 +81,10 @@ def near_pairs(
     found: list[tuple[int, int, float, bool]] = []
     for turned, first in ((False, straight), (True, mirrored)):
         start = _majority(first)
-        for i, j in _candidates(start, middle, kinds):
-            distance = _distances(first[i], straight[j])
-            near = np.flatnonzero(distance <= threshold)
-            found += [(int(rows[i[n]]), int(rows[j[n]]), float(distance[n]), turned) for n in near]
+        for one, other in _candidates(start, middle, kinds):
+            distances = _distances(first[one], straight[other])
+            near = np.flatnonzero(distances <= threshold)
+            found += [(int(rows[one[n]]), int(rows[other[n]]), float(distances[n]), turned) for n in near]
     best: dict[tuple[int, int], tuple[float, bool]] = {}
     for i, j, distance, turned in found:
         if (i, j) not in best or (distance, turned) < best[i, j]:
@@ -97,7 +98,7 @@ def _majority(frames: np.ndarray) -> np.ndarray:
     return np.packbits(bits.mean(1) >= 0.5, axis=1).view(np.uint64).ravel()
 
 
-def _candidates(first: np.ndarray, second: np.ndarray, kinds: np.ndarray):
+def _candidates(first: np.ndarray, second: np.ndarray, kinds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield arrays (i, j) of pairs i < j of different kinds whose majority hashes are near."""
     count = len(first)
     height = max(1, _BLOCK // max(1, count))
