@@ -12,12 +12,12 @@ import pytest
 
 from tests.runs import make_videos, one_line
 from tests.support import REPO, environment
-from vac_ddp.commands import doctor_command
 from vac_ddp.data.decode import decode_frame
 from vac_ddp.doctor import machine_rates
+from vac_ddp.doctor.advice import Measured, advice, limits
 from vac_ddp.settings import Config
 
-GPU = doctor_command.Found(
+GPU = Measured(
     workers=4,
     ranks=2,
     repeats=1,
@@ -38,14 +38,14 @@ GPU = doctor_command.Found(
 
 
 def test_limits_are_clips_a_second_of_the_whole_machine() -> None:
-    rates = doctor_command.limits(GPU)
+    rates = limits(GPU)
     assert rates["decoding"] == 1200
     assert rates["disk"] == pytest.approx(2e9 / (25_000 * 16))
     assert rates["copies to the device"] == pytest.approx(2 * 20e9 / (16 * 224 * 224 * 3))
     assert rates["the model"] == 700
     assert rates["the model with all-reduce"] == pytest.approx(64 / (64 / 700 + 344e6 / 200e9))
     assert list(rates.values()) == sorted(rates.values())
-    twice = doctor_command.limits(dataclasses.replace(GPU, repeats=2))
+    twice = limits(dataclasses.replace(GPU, repeats=2))
     assert (twice["decoding"], twice["disk"]) == (2400, 2 * rates["disk"])
 
 
@@ -64,7 +64,7 @@ def test_limits_are_clips_a_second_of_the_whole_machine() -> None:
     ],
 )
 def test_advice_names_what_holds_back_and_the_settings(change: dict, first: str, settings: list[str]) -> None:
-    lines = doctor_command.advice(dataclasses.replace(GPU, **change), Config())
+    lines = advice(dataclasses.replace(GPU, **change), Config())
     assert lines[0].startswith(f"held back by {first}: ")
     assert all(any(name in line for line in lines[1:]) for name in settings), lines
 
@@ -73,9 +73,9 @@ def test_advice_does_not_name_what_is_set_already() -> None:
     config = Config()
     config.augment.repeats, config.train.bf16_reduce, config.train.compile = 2, True, False
     slow = dataclasses.replace(GPU, decode_all=100.0, repeats=2)
-    assert not any("augment.repeats" in line for line in doctor_command.advice(slow, config))
+    assert not any("augment.repeats" in line for line in advice(slow, config))
     far = dataclasses.replace(GPU, all_reduce=1e9)
-    said = doctor_command.advice(far, config)
+    said = advice(far, config)
     assert not any("bf16_reduce" in line for line in said)
     assert any("train.compile=true" in line for line in said)
 

@@ -237,7 +237,7 @@ def test_settings_that_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("preset", ["quickstart", "hmdb51_videomae_base", "scratch_small", None])
 def test_doctor_recommends_only_what_can_be_set(preset: str | None) -> None:
-    from vac_ddp.commands.doctor_command import smaller_model
+    from vac_ddp.doctor.advice import smaller_model
 
     words = [f"--config={preset}"] if preset else ["model.weights=null", "model.size=base"]
     recommended = re.findall(r"[a-z]+\.[a-z_]+=[^\s)]+", smaller_model(parsed(*words)))

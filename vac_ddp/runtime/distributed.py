@@ -202,14 +202,10 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def sum_counts(counts: torch.Tensor) -> torch.Tensor:
-    """Sum of `counts` (any shape, float64 or integer) over the ranks, on every rank."""
-    if not active():
-        return counts
-    total = counts.detach().clone().cpu()
-    with PROCESS.waits():
-        dist.all_reduce(total)
-    return total.to(counts.device)
+def sum_in_place(tensor: torch.Tensor) -> None:
+    """Add up `tensor` over the ranks, in place and on its device."""
+    if active():
+        dist.all_reduce(tensor)
 
 
 def raise_together(error: BaseException | None) -> None:

@@ -1,0 +1,174 @@
+"""Measure this machine in a minute: decoding, disk, memory, copies, the model of the settings, all-reduce."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vac_ddp.data.decode import DamagedFrame, frame_size
+from vac_ddp.data.loader import clip_bytes, worker_count
+from vac_ddp.doctor.advice import Measured
+from vac_ddp.doctor.machine_rates import (
+    all_reduce_rate,
+    copy_rate,
+    decode_rate_together,
+    free_memory,
+    make_sample,
+    read_rate,
+    sample_frames,
+)
+from vac_ddp.errors import UserError
+from vac_ddp.models import VideoModel, build_model
+from vac_ddp.models.compilation import train_pass
+from vac_ddp.models.precision import AUTOCAST, precision_of
+from vac_ddp.runtime import distributed
+from vac_ddp.settings import Config
+from vac_ddp.training.meters import GIB, clip_flops, matmul_rate
+
+SLOW_PASS_S = 6.0  # a pass on the CPU that would take longer is computed from the matrix product
+ASSUMED = 0.5  # share of the matrix product that a training step then reaches
+GRADIENT = 4  # bytes
+
+
+def model_of(config: Config) -> VideoModel:
+    """The model of the settings with random weights; what only a hub or a file knows is guessed by the name."""
+    settings = config.model
+    if settings.name == "videomae" and settings.weights is not None and settings.size is None:
+        asked = settings.weights.lower()
+        settings.size = next((s for s in ("small", "base", "large", "huge", "giant") if s in asked), "base")
+    return build_model(settings, config.clip, 51)
+
+
+def step_rate(config: Config, model: VideoModel, device: torch.device, flops: float, matmul: float) -> float:
+    """Clips a second forward and backward, measured, or on a slow CPU from the matrix product."""
+    autocast = AUTOCAST[precision_of(config, device)]
+    if device.type != "cuda" and flops / matmul > SLOW_PASS_S * ASSUMED:
+        return ASSUMED * matmul / flops
+    wanted = config.train.clips_per_gpu
+    clips = min(wanted, 16) if isinstance(wanted, int) else 16 if device.type == "cuda" else 1
+    model = model.to(device).train()
+    best = math.inf
+    for _ in range(3 if device.type == "cuda" else 2):
+        begin = time.perf_counter()
+        train_pass(model, config.clip, clips, device, autocast)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return clips / best
+
+
+def pillow_name() -> str:
+    """Pillow or Pillow-SIMD, with its version."""
+    from PIL import __version__ as version
+
+    return f"{'Pillow-SIMD' if 'post' in version else 'Pillow'} {version}"
+
+
+def examine(config: Config, say: Callable[[str], None]) -> Measured:
+    """Measure everything, a line each. UserError where there are frames and none of them decodes."""
+    device, clip = distributed.pick_device(), config.clip
+    cuda = device.type == "cuda"
+    ranks = torch.cuda.device_count() if cuda else 1
+    cores = len(os.sched_getaffinity(0))
+    workers = worker_count(config.data.workers, local_ranks=ranks)
+    name = torch.cuda.get_device_name(device) if cuda else "no GPU"
+    say(f"{'machine':<22} {cores} cores, {ranks if cuda else 0} GPUs ({name}); torch {torch.__version__}")
+    say(f"{'decoders':<22} simplejpeg {_version('simplejpeg')} for JPEG, {pillow_name()} for the rest")
+    frames, read = _sampled_frames(Path(config.data.train), say)
+    size = float(np.mean([len(data) for data in frames]))
+    processes = max(1, min(cores, workers * ranks))
+    one, every = decode_rate_together(frames, config, 1), decode_rate_together(frames, config, processes)
+    say(f"{'decoding':<22} {one:.1f} clips/s a core ({one * clip.frames:.0f} frames/s), {every:.1f} by "
+        f"{processes} processes")  # fmt: skip
+    say(f"{'disk':<22} {read / 1e6:.0f} MB/s, {read / size:.0f} frames/s (what the page cache holds is faster)")
+    notes = _check_memory(config, workers * ranks, say) if workers else []
+    copy = copy_rate(device) if cuda else None
+    if copy is not None:
+        say(f"{'host to device':<22} {copy / 1e9:.1f} GB/s, {copy / clip_bytes(clip):.0f} clips/s")
+    step, gradient = _measure_model(config, device, say)
+    together = max(2, ranks)
+    reduce = all_reduce_rate(together)
+    if reduce is not None:
+        say(f"{'all-reduce':<22} {reduce / 1e9:.2f} GB/s over {together} {'GPUs' if ranks > 1 else 'processes'}")
+    return Measured(
+        workers=workers,
+        ranks=ranks,
+        repeats=config.augment.repeats,
+        frame_bytes=size,
+        frame_shape=frame_size(frames[0]),
+        clip_frames=clip.frames,
+        clip_bytes=clip_bytes(clip),
+        decode_core=one,
+        decode_all=every / ranks,
+        read_bytes=read,
+        copy_bytes=copy,
+        step=step,
+        gradient_bytes=gradient,
+        all_reduce=reduce,
+        clips_a_step=config.train.global_batch,
+        cuda=cuda,
+        notes=notes,
+    )
+
+
+def _sampled_frames(root: Path, say: Callable[[str], None]) -> tuple[list[bytes], float]:
+    """Files of some frames of `root` that decode, or synthetic ones; and the bytes a second of reading them."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = sample_frames(root) if root.is_dir() else []
+        where = f"{len(paths)} frames of {root}" if paths else f"made frames ({root} has none)"
+        paths = paths or make_sample(Path(folder))
+        read = read_rate(paths)
+        frames = [path.read_bytes() for path in paths]
+    frames = [data for data in frames if _whole(data)]
+    if not frames:
+        raise UserError(
+            f"none of the {len(paths)} sampled frames of {root} can be decoded: "
+            f"vac audit {shlex.quote(str(root))} says more"
+        )
+    size, (height, width) = float(np.mean([len(data) for data in frames])), frame_size(frames[0])
+    say(f"{'frames':<22} {where}: {width}x{height}, {size / 1024:.1f} KB")
+    return frames, read
+
+
+def _check_memory(config: Config, processes: int, say: Callable[[str], None]) -> list[str]:
+    """Whether the batches of so many loader processes fit into memory; a line where they do not."""
+    free, batch = free_memory(), config.train.clips_per_gpu
+    batches = processes * (config.data.prefetch + 1)
+    needed = batches * (batch if isinstance(batch, int) else 8) * clip_bytes(config.clip)
+    say(f"{'memory':<22} {free / GIB:.1f} GiB free, batches on their way may take {needed / GIB:.2f} GiB")
+    return ["batches do not fit into memory: lower data.workers or data.prefetch"] if needed > free else []
+
+
+def _measure_model(config: Config, device: torch.device, say: Callable[[str], None]) -> tuple[float | None, int]:
+    """Clips a second forward and backward, None where the FLOP cannot be counted, and bytes of gradients."""
+    matmul = matmul_rate(device, AUTOCAST[precision_of(config, device)])
+    say(f"{'matrix product':<22} {matmul / 1e12:.4g} TFLOP/s in {precision_of(config, device)}")
+    model = model_of(config)
+    flops = clip_flops(model, config.clip)
+    if flops is None:
+        return None, 0
+    step = step_rate(config, model, device, flops[1], matmul)
+    say(f"{'model':<22} {flops[1] / 1e9:.4g} GFLOP a clip, {step:.3g} clips/s, {step * flops[1] / matmul:.2f} of it")
+    return step, sum(p.numel() for p in model.parameters()) * (2 if config.train.bf16_reduce else GRADIENT)
+
+
+def _whole(data: bytes) -> bool:
+    try:
+        frame_size(data)
+        return True
+    except DamagedFrame:
+        return False
+
+
+def _version(name: str) -> str:
+    from importlib import metadata
+
+    return metadata.version(name)
