@@ -25,7 +25,7 @@ SHOWN = 80  # characters of a value that an error repeats
 def leaves(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
     """All settings by their dotted name, in the order of the dataclasses."""
     found: dict[str, dataclasses.Field[Any]] = {}
-    hints = typing.get_type_hints(kind)
+    hints: dict[str, type] = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         annotation = hints[field.name]
         if dataclasses.is_dataclass(annotation):
@@ -49,12 +49,13 @@ def type_name(annotation: Any) -> str:
         return f"({', '.join(map(type_name, arguments))})"
     if origin is list:
         return f"list of {type_name(arguments[0])}"
-    return {"str": "text", "bool": "true|false"}.get(annotation.__name__, annotation.__name__)
+    name = annotation.__name__
+    return {"str": "text", "bool": "true|false"}.get(name, name)
 
 
 def shown(value: Any) -> str:
     """A value as an error repeats it: shortened text, or what sort of container it is."""
-    names = {dict: "a mapping", list: "a list", tuple: "a list", set: "a set"}
+    names: dict[Any, str] = {dict: "a mapping", list: "a list", tuple: "a list", set: "a set"}
     text = "null" if value is None else names.get(type(value)) or str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 

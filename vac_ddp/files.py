@@ -68,7 +68,7 @@ def regular(path: Path) -> Path:
     return target
 
 
-def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part of it.
 
     `write` gets a binary file object. The data is on the disk before the rename, the name after it. Symbolic links

@@ -138,7 +138,7 @@ def _check_container(value: Any, kind: Any, field: str) -> None:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if not isinstance(value, dict if origin is dict else (list, tuple)):
         raise _Mismatch(field, expected(kind), shown(value))
-    if origin is dict:
+    if isinstance(value, dict):
         for key, inside in value.items():
             _check(key, arguments[0], f"{field}: key")
             _check(inside, arguments[1], f"{field}.{_short(key)}" if field else _short(key))

@@ -77,7 +77,7 @@ def test_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.n
     return np.stack([_window(start, clip.stride, n_frames, clip) for start in starts])
 
 
-test_windows.__test__ = False  # pytest takes imported functions of this name for tests
+test_windows.__test__ = False  # type: ignore[attr-defined]  # pytest takes imported functions of this name for tests
 
 
 def _check(n_frames: int) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vac_ddp.data.file_kinds import meaning
 
@@ -195,12 +195,12 @@ def _decode_pillow(data: bytes, tolerant: bool) -> tuple[np.ndarray, int]:
         return np.array(image.convert("RGB")), orientation
 
 
-def _open_pillow(data: bytes) -> Image.Image:
+def _open_pillow(data: bytes) -> ImageFile.ImageFile:
     """An image that is not a JPEG, its pixels not decoded yet. Raises DamagedFrame where it has too many of them."""
     kind, height, width = _claimed_size(data)
     _check_other(kind, height, width, len(data))
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_other(image.format, image.height, image.width, len(data))
+    _check_other(image.format or kind, image.height, image.width, len(data))
     return image
 
 

@@ -133,8 +133,7 @@ class FrameReader:
         self._files = {}
         for frame in frames:
             with contextlib.suppress(Exception):
-                known = self._last is not None and self._last[0] == frame
-                self._files[frame] = self._last[1] if known else self.read(frame)
+                self._files[frame] = self._last[1] if self._last and self._last[0] == frame else self.read(frame)
         return [self._files.get(frame) for frame in frames]
 
     def bytes_of(self, frame: int) -> bytes:
@@ -230,18 +229,18 @@ def read_clip(
     once = out.view(shape_of_all) if in_place else out.new_empty(shape_of_all)
 
     def resample(stack: torch.Tensor, end: int) -> None:
+        count, height, width, _ = stack.shape
         for number, box in enumerate(crops):
-            resize_crop(stack, scale_box(box, shape, stack.shape[1:3]), once[number, end - len(stack) : end])
+            resize_crop(stack, scale_box(box, shape, (height, width)), once[number, end - count : end])
 
     # All files, then all pictures, then all crops: each finds its code and data in the caches.
     for first in range(0, len(wanted), chunk):
         part = wanted[first : first + chunk].tolist()
         files = source.fetch(part)
-        plain = [file is not None and plain_jpeg_size(file) == shape for file in files]
         held = 0
-        for number, frame in enumerate(part):
+        for number, (frame, file) in enumerate(zip(part, files, strict=True)):
             slot = slots[held]
-            if plain[number] and decode_plain_jpeg(files[number], least, slot):
+            if file is not None and plain_jpeg_size(file) == shape and decode_plain_jpeg(file, least, slot):
                 held += 1
                 continue
             image = source.use(frame, functools.partial(_decode, factor=factor, buffer=slot))

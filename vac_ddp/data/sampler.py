@@ -9,7 +9,7 @@ little, if asked for), a rank may get nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DistributedSampler
@@ -138,7 +138,8 @@ class StepSampler(DistributedSampler):
         even: bool = False,
     ) -> None:
         self.videos = np.asarray(videos, dtype=np.int64)
-        super().__init__(self.videos, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=False)
+        everything: Any = self.videos  # the base class takes its length
+        super().__init__(everything, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=False)
         if not len(self.videos):
             raise UserError("the training part holds no video: check data.train and data.val_fraction")
         if global_batch < repeats or global_batch % repeats:

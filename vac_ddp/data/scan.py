@@ -308,7 +308,7 @@ def _scan_chunk(task: _Task, names: list[str]) -> _Chunk:
             state = EMPTY
         if state == GOOD and task.check:
             order = sorted(found, key=natural_key) if len(runs[-1]) > 1 else found
-            damaged = bad_frames_before_good(lambda i, order=order, folder=folder: _read(folder, order[i]), len(found))
+            damaged = _damaged_before_good(folder, order)
             state = DAMAGED if damaged == len(found) else GOOD
         rows.append((state, damaged, mtime))
     return _Chunk(
@@ -333,20 +333,17 @@ def _frames_in(folder: str, name: str, strays: Strays, is_frame: Callable[[str],
     return found
 
 
-def _read(folder: str, name: str) -> bytes:
-    with open(f"{folder}/{name}", "rb", buffering=0) as stream:
-        return stream.read()
-
-
-def bad_frames_before_good(read: Callable[[int], bytes], frames: int) -> int:
-    """How many frames, from the first on, are damaged before one decodes; `frames` if none does."""
-    for i in range(frames):
+def _damaged_before_good(folder: str, frames: Sequence[str]) -> int:
+    """How many of the files `frames` are damaged before one decodes; all if none does."""
+    for number, name in enumerate(frames):
         try:
-            if decodes(read(i)):
-                return i
+            with open(f"{folder}/{name}", "rb", buffering=0) as stream:
+                data = stream.read()
         except OSError:
             continue
-    return frames
+        if decodes(data):
+            return number
+    return len(frames)
 
 
 def decodes(data: bytes) -> bool:
@@ -397,4 +394,4 @@ def _still_bad(scan: Scan, video: int) -> bool:
     if scan.states[video] == UNREADABLE:
         return not os.access(folder, os.R_OK | os.X_OK)
     names = scan.frames.names(video)
-    return bad_frames_before_good(lambda i: _read(folder, names[i]), len(names)) == len(names)
+    return _damaged_before_good(folder, names) == len(names)

@@ -203,7 +203,8 @@ def split_rows(path: Path) -> list[tuple[str, str, str, str]]:
                     f"{path} line {reader.line_num} is not video,class,source and one of {', '.join(PARTS)}: "
                     "restore the file, or begin a new run"
                 )
-            rows.append((printable(row[0]), *(sys.intern(printable(cell)) for cell in row[1:])))
+            label, source, part = (sys.intern(printable(cell)) for cell in row[1:])
+            rows.append((printable(row[0]), label, source, part))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} cannot be read as CSV ({error}): restore it") from None
     return rows

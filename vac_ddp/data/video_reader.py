@@ -83,16 +83,20 @@ class VideoFile:
     def table(self) -> FrameTable:
         """Find out where the frames are: from the packets of MP4 and Matroska files, else by decoding."""
         with Picture(self.path) as picture:
-            packets = [p for p in picture.packets() if p.size and p.pts is not None] if picture.timed else []
-        if packets:
-            shown = sorted(p.pts for p in packets if not p.is_discard)
-            return _table(shown, [p.pts for p in packets if p.is_keyframe])
+            packets = [p for p in picture.packets() if p.size] if picture.timed else []
+        timed = [(p.pts, p) for p in packets if p.pts is not None]
+        if timed:
+            shown = sorted(pts for pts, packet in timed if not packet.is_discard)
+            return _table(shown, [pts for pts, packet in timed if packet.is_keyframe])
         with Picture(self.path) as picture:
             seen = [(frame.pts, frame.key_frame) for frame in picture.decode()]
-            intact = not (picture.broken or picture.damaged or picture.lost) and all(pts is not None for pts, _ in seen)
+            known = [(pts, key) for pts, key in seen if pts is not None]
+            intact = not (picture.broken or picture.damaged or picture.lost) and len(known) == len(seen)
         if not seen:
             raise DamagedVideo("no frame decodes")
-        return _table([pts if intact else 0 for pts, _ in seen], [pts for pts, key in seen if key and intact])
+        if not intact:
+            return _table([0] * len(seen), [])
+        return _table([pts for pts, _ in known], [pts for pts, key in known if key])
 
     def frames_at(
         self, indices: Sequence[int], table: FrameTable | None = None, *, short_side: int | None = None
@@ -130,7 +134,8 @@ class VideoFile:
             stream = container.streams.best("audio")
             if stream is None:
                 return False
-            broken, written = [], 0
+            broken: list[str] = []
+            written = 0
             with wave.open(str(target), "wb") as sound:
                 sound.setnchannels(1)
                 sound.setsampwidth(2)
@@ -232,10 +237,11 @@ def _resampled(frames: Iterator[av.AudioFrame]) -> Iterator[np.ndarray]:
     """Yield the sound as (n,) int16 at AUDIO_RATE; each change of format gets a resampler of its own."""
     import av
 
-    resampler, before = None, None
+    resampler: av.AudioResampler | None = None
+    before = None
     for frame in frames:
         now = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if now != before:
+        if resampler is None or now != before:
             if resampler is not None:
                 yield from (part.to_ndarray()[0] for part in resampler.resample(None))
             resampler, before = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_RATE), now

@@ -137,7 +137,7 @@ class Picture:
         """
         if self.container.format.name == "avi":
             return None
-        if self.stream.duration is not None:
+        if self.stream.duration is not None and self.stream.time_base is not None:
             return float(self.stream.duration * self.stream.time_base)
         if self.container.duration is not None and len(self.container.streams) == 1:
             return self.container.duration / 1e6
@@ -185,7 +185,7 @@ def _oriented(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     The matrix maps a pixel (x, y) to (a x + c y, b x + d y), ISO 14496-12, 6.2.2.
     """
     extra = frame.side_data
-    data = extra.get("DISPLAYMATRIX") if len(extra) else None  # a key that is not there costs an exception
+    data: Any = extra.get("DISPLAYMATRIX") if len(extra) else None  # a key that is not there costs an exception
     if data is None:
         return image
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()

@@ -84,7 +84,8 @@ class HFClassifier(VideoModel):
     def checkpointing(self, count: int) -> None:
         self._checkpointing = count
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        for i, layer in enumerate(self.layers()):
+        layers: list[Any] = self.layers()
+        for i, layer in enumerate(layers):
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = i < count, again
 
     def depth_of(self, name: str) -> int:
@@ -141,11 +142,11 @@ def build_hf(
     for name in ("drop_path", "head_dropout"):
         if getattr(settings, name) > 0:
             raise UserError(f"model.{name}={getattr(settings, name)}: model.name=hf runs without random layers; give 0")
-    source = None
-    if architecture is None:
-        source = _open(settings)
+    source = _open(settings) if architecture is None else None
+    if source is not None:
         stored = sum(tensor.numel() for tensor in source.state.values())
-    config = _config(architecture["config"] if architecture else source.hf_config, str(settings.weights))
+    fields = (architecture or {}).get("config") if source is None else source.hf_config
+    config = _config(fields, str(settings.weights))
     zeroed = _zero_rates(config)
     _check_clips(config, clip)
     config.num_labels = num_classes

@@ -71,7 +71,8 @@ def from_source(
     state: dict[str, Tensor], ours: Iterable[str], layout: int, *, pooling: str = "mean"
 ) -> tuple[dict[str, Tensor], list[str], set[str]]:
     """A source's tensors under our names, the names of ours that it has none for, and the names that were used."""
-    found, lacking, used = {}, [], set()
+    found, lacking = {}, []
+    used: set[str] = set()
     for name in ours:
         choice = next((c for c in source_names(name, layout, pooling=pooling) if all(n in state for n in c)), None)
         if choice is None:

@@ -110,7 +110,7 @@ def _sizes(settings: ModelSettings) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def is_plain_vit(model: nn.Module) -> TypeGuard[timm_vit.VisionTransformer]:
+def is_plain_vit(model: Any) -> TypeGuard[timm_vit.VisionTransformer]:
     """Whether the blocks of this timm model can be run here: a VisionTransformer of pre-norm blocks, as most are."""
     from timm.models import vision_transformer as timm_vit
 
@@ -210,7 +210,7 @@ def load_tensors(model: nn.Module, source: Source) -> LoadReport:
     )
 
 
-def backbone_depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
+def backbone_depths(backbone: Any) -> tuple[dict[str, int], int]:
     """(name to depth, number of depths) of a backbone's parameters; the last depth is left to the head.
 
     ViT: 0 embedding, i + 1 block i, the final norm beside the head. Others: timm's own order of layers.

@@ -20,8 +20,8 @@ from vac_ddp.errors import UserError
 from vac_ddp.schema import mismatch, stored_zip
 
 REMEDY = "fetch or copy it again"
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8)
-_TYPES += (torch.int16, torch.int32, torch.int64)
+_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_TYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _SHARED = 4  # tied weights are one storage: together the tensors may be this much larger than the file
 _SMALL = 1 << 20
 
@@ -58,7 +58,7 @@ def numpy_scalar(dtype: np.dtype, data: bytes) -> float | int | bool:
 
 
 # Plain values beside the tensors of official checkpoints: arguments (attributes, no code) and numbers of numpy.
-_SAFE = [
+_SAFE: list[Any] = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
@@ -147,7 +147,7 @@ def write_tensors(path: Path, state: dict[str, Any]) -> tuple[int, str]:
 
     def save(stream: BinaryIO) -> None:
         made.append(_Hashing(stream))
-        torch.save(state, made[0])
+        torch.save(state, made[0])  # type: ignore[arg-type]  # it needs no more of a file than write and flush
 
     files.write_atomic(path, save)
     return made[0].size, made[0].sha256.hexdigest()

@@ -145,7 +145,11 @@ def _deduce(
     height, across = image if isinstance(image, list | tuple) else (image, image)
     is_hf = layout == tensor_names.HF
     return Architecture(
-        **sizes,
+        width=width,
+        depth=sizes["depth"],
+        mlp=sizes["mlp"],
+        patch=patch,
+        tubelet=tubelet,
         heads=_heads(source, width, settings, saved, report),
         eps=config.get("layer_norm_eps", 1e-12) if is_hf else 1e-6,
         head_eps=1e-5 if is_hf else 1e-6,

@@ -29,7 +29,8 @@ Size = Annotated[int, Within(low=1, high=1 << 20)]
 Depth = Annotated[int, Within(low=1, high=1000)]
 Epsilon = Annotated[float, Within(low=0, high=1)]
 Three = tuple[Finite, Finite, Finite]
-Deviations = tuple[(Annotated[float, Within(low=1e-6, high=1e6)],) * 3]
+Deviation = Annotated[float, Within(low=1e-6, high=1e6)]
+Deviations = tuple[Deviation, Deviation, Deviation]
 
 
 class Architecture(TypedDict):
