@@ -13,16 +13,16 @@ import pytest
 import vac_ddp
 from tests.runs import Workplace
 from tests.support import environment
-from vac_ddp import load, predict
+from vac_ddp import load
 from vac_ddp.errors import UserError
 
 # The five lines that the README and docs/python.md show.
 NOTEBOOK = """\
-from vac_ddp import load, predict
-model = load("run")
-for video in predict(model, "data_val/class1/v00"):
-    for name, share in video.top:
-        print(f"{share:.4f}  {name}")
+import vac_ddp
+model = vac_ddp.load("run")
+for video in model.predict("data_val/class1/v00"):
+    for name, probability in video.top:
+        print(f"{probability:.4f}  {name}")
 """
 
 
@@ -49,7 +49,7 @@ def test_a_folder_of_videos_gives_what_the_prediction_writes(place: Workplace) -
     with (place.folder / "out" / "submission.csv").open(encoding="utf-8", newline="") as stream:
         wanted = {row["id"]: row["class"] for row in csv.DictReader(stream)}
     before = sorted(path for path in place.folder.rglob("*"))
-    found = predict(load(place.folder / "run"), place.folder / "data_val", top=2)
+    found = load(place.folder / "run").predict(place.folder / "data_val", top=2)
     assert {video.name: video.top[0][0] for video in found} == wanted
     assert len(wanted) == 6
     for video in found:
@@ -65,10 +65,10 @@ def test_a_folder_of_videos_gives_what_the_prediction_writes(place: Workplace) -
 def test_views_can_be_asked_for(place: Workplace) -> None:
     model = load(place.folder / "run", device="cpu")
     video = place.folder / "data_val" / "class0" / "v00"
-    (plain,), (one,), (mirrored,) = (predict(model, video, views=views) for views in (None, "1x1", "1x1+flip"))
+    (plain,), (one,), (mirrored,) = (model.predict(video, views=views) for views in (None, "1x1", "1x1+flip"))
     assert not np.array_equal(one.logits, mirrored.logits)
     assert not np.array_equal(plain.logits, one.logits)
-    again = predict(model, video)[0].logits  # the model itself has not been changed
+    again = model.predict(video)[0].logits  # the model itself has not been changed
     assert np.array_equal(again, plain.logits)
 
 
@@ -77,22 +77,50 @@ def test_mistakes_are_one_line(place: Workplace, tmp_path: Path) -> None:
         load(tmp_path)
     model = load(place.folder / "run")
     with pytest.raises(UserError, match="no such data"):
-        predict(model, tmp_path / "nothing")
+        model.predict(tmp_path / "nothing")
     with pytest.raises(UserError, match="expected KxC"):
-        predict(model, place.folder / "data_val", views="many")
+        model.predict(place.folder / "data_val", views="many")
 
 
-def test_the_names_hold_in_any_order_of_imports() -> None:
-    """`vac_ddp.predict` is a program as well: importing it must not take the function away."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import vac_ddp",
+        "import vac_ddp.predict",
+        "from vac_ddp.predict import main",
+        "import vac_ddp.api",
+        "import vac_ddp.cli",
+    ],
+)
+def test_the_old_function_works_with_a_warning_in_any_order_of_imports(first: str) -> None:
+    """`vac_ddp.predict` is a program as well: importing it must not take the function away, nor the other way round."""
     script = (
-        "import vac_ddp; assert callable(vac_ddp.predict) and callable(vac_ddp.load)\n"
-        "import vac_ddp.predict as door; assert door.main and callable(vac_ddp.predict)\n"
-        "from vac_ddp import predict; assert predict is door\n"
+        f"{first}\nimport inspect, sys, warnings\n"
+        "from vac_ddp import predict; assert inspect.isfunction(predict)\n"
+        "import vac_ddp.predict; assert vac_ddp.predict is predict\n"
+        "from vac_ddp.predict import main; assert sys.modules['vac_ddp.predict'].main is main\n"
+        "class Model:\n"
+        "    def predict(self, data, **options): return [data, options]\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always')\n"
+        "    assert predict(Model(), 'clip.mp4', top=1) == ['clip.mp4', {'top': 1}]\n"
+        "assert [(w.category, w.filename) for w in told] == [(DeprecationWarning, '<string>')], told\n"
+        "assert 'model.predict(data)' in str(told[0].message)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vac_ddp.nothing  # noqa: B018
+
+
+def test_the_old_function_predicts(place: Workplace) -> None:
+    model, video = load(place.folder / "run"), place.folder / "data_val" / "class1" / "v00"
+    with pytest.warns(DeprecationWarning, match="model.predict"):
+        (old,) = vac_ddp.predict(model, video, top=2, views="1x1")
+    (new,) = model.predict(video, top=2, views="1x1")
+    assert (old.top, old.name) == (new.top, new.name)
 
 
 def test_importing_the_package_alone_is_light() -> None:
@@ -106,4 +134,4 @@ def test_names_that_no_file_can_have_are_one_line(place: Workplace, name: str) -
     with pytest.raises(UserError, match=r"give another name|no such"):
         load(name)
     with pytest.raises(UserError, match=r"give another name|no such"):
-        predict(load(place.folder / "run"), name)
+        load(place.folder / "run").predict(name)

@@ -26,7 +26,7 @@ from vac_ddp.data.index import open_index
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.models.weight_files import open_source
-from vac_ddp.predicting import prediction
+from vac_ddp.predicting.inputs import lay_out
 from vac_ddp.results.logits_file import read_views
 from vac_ddp.settings import DataSettings
 
@@ -148,11 +148,11 @@ def test_c22_predict_reads_a_file_as_extract_does(prepare: Callable[..., Path], 
             with pytest.raises(DamagedVideo) as refused:
                 list(VideoFile(path=path).frames())
             with pytest.raises(UserError) as caught:
-                prediction.lay_out(path, "video file", target, short_side=1000)
+                lay_out(path, "video file", target, short_side=1000)
             assert str(caught.value).endswith(str(refused.value))
             continue
         frames = list(VideoFile(path=path).frames())
-        assert prediction.lay_out(path, "video file", target, short_side=1000) == []
+        assert lay_out(path, "video file", target, short_side=1000) == []
         images = [np.asarray(Image.open(image)) for image in sorted(target.rglob("*.jpg"))]
         assert len(images) == len(frames)
         for image, frame in zip(images, frames, strict=True):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.support import REPO
-from vac_ddp import checks, config, predict
+from vac_ddp import checks, config
 from vac_ddp.data.index import open_index
+from vac_ddp.predict import main as predict_main
 from vac_ddp.predicting.fingerprint import differences, fingerprint
 from vac_ddp.results.logits_file import read_views
 from vac_ddp.settings import Config, DataSettings
@@ -111,15 +112,15 @@ def test_a_second_prediction_with_another_setting_does_not_reuse_the_first(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--run", "videomae", "--data", "data_test", "--out", "out", "data.cache=cache", "data.workers=0"]
-    assert predict.main(words) == 0
+    assert predict_main(words) == 0
     first = read_views(old / "out").logits
     capsys.readouterr()
     for word in ("data.reduced_decode=false", "predict.compile=false", "clip.short_side=20"):
-        assert predict.main([*words, word]) == 2
+        assert predict_main([*words, word]) == 2
         line = capsys.readouterr().err.strip()
         assert f"{word.partition('=')[0]} (" in line
         assert len(line.splitlines()) == 1
-    assert predict.main(words) == 0
+    assert predict_main(words) == 0
     assert "earlier version" not in capsys.readouterr().out
     np.testing.assert_array_equal(read_views(old / "out").logits, first)
 
@@ -130,9 +131,9 @@ def test_a_prediction_of_the_first_version_is_reused_with_one_line(
     out = old / "videomae" / "predictions" / "data_test"
     words = ["--run", "videomae", "--data", "data_test", "--out", str(out), "data.cache=cache", "data.workers=0"]
     before = (out / "views.npz").read_bytes()
-    assert predict.main([*words, "data.reduced_decode=false"]) == 2
+    assert predict_main([*words, "data.reduced_decode=false"]) == 2
     assert "data.reduced_decode (True there, False now)" in capsys.readouterr().err
-    assert predict.main(words) == 0
+    assert predict_main(words) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "earlier version" in line]
     assert "data.reduced_decode" in line
     assert (out / "views.npz").read_bytes() == before

@@ -16,10 +16,11 @@ import torch
 from tests.hostile_packs import attack, good_pack
 from tests.support import REPO
 from tests.test_weights import hf_directory, load
-from vac_ddp import cli, predict, train
+from vac_ddp import cli, train
 from vac_ddp.commands.report_command import main as report
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
+from vac_ddp.predict import main as predict_main
 from vac_ddp.results.logits_file import read_views
 from vac_ddp.schema import Matching, Within, check, fault, stored_zip
 from vac_ddp.settings import DataSettings
@@ -355,7 +356,7 @@ def test_the_report_of_a_run_with_a_broken_file(runs: Path, name: str, text: str
 def test_parts_of_another_prediction(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "out" / "parts").mkdir(parents=True)
     (runs / "out" / "parts" / "fingerprint.json").write_text("[1]")
-    status = predict.main(["--run", "videomae", "--data", "data_test", "--out", "out"])
+    status = predict_main(["--run", "videomae", "--data", "data_test", "--out", "out"])
     refused(capsys, status, "fingerprint.json: expected an object", "--overwrite")
 
 

@@ -64,7 +64,7 @@ COMMANDS = """
 import os, sys
 from pathlib import Path
 from PIL import Image
-from vac_ddp import load, predict
+from vac_ddp import load
 from vac_ddp.cli import main
 data, cache, run = sys.argv[1:]
 statuses = [
@@ -83,7 +83,7 @@ statuses = [
     main(["audio", data, "--out", "sound", "data.on_bad_video=skip", "data.max_damaged=1"]),
 ]
 print("statuses", *statuses)
-print(len(predict(load(run), data + "/disguised")))
+print(len(load(run).predict(data + "/disguised")))
 """
 
 

@@ -11,7 +11,8 @@ import torch
 
 from tests.fixtures.make_runs import FAMILIES, REPO
 from tests.runs import Workplace, differences
-from vac_ddp import cli, predict, train
+from vac_ddp import cli, train
+from vac_ddp.predict import main as predict_main
 
 REVISIONS = ["be24294"]
 
@@ -35,7 +36,7 @@ def views_file(out: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_old_run_predicts_the_logits_it_predicted_then(folder: Path, family: str) -> None:
-    assert predict.main(["--run", family, "--data", "data_test", "--out", "again"]) == 0
+    assert predict_main(["--run", family, "--data", "data_test", "--out", "again"]) == 0
     then, now = views_file(folder / family / "predictions" / "data_test"), views_file(folder / "again")
     assert then["ids"].tolist() == now["ids"].tolist()
     np.testing.assert_allclose(now["logits"], then["logits"], rtol=1e-4, atol=1e-6)

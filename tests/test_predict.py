@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from tests.support import environment, torchrun
-from vac_ddp import api, files, predict
+from vac_ddp import api, files
 from vac_ddp import config as settings_io
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
@@ -26,8 +26,10 @@ from vac_ddp.data.loader import TestBatch
 from vac_ddp.data.split import Split, write_split
 from vac_ddp.errors import Findings, Interrupted, UserError
 from vac_ddp.models import file_state, load_model
-from vac_ddp.predicting import all_videos, part_files, prediction
-from vac_ddp.results.logits_file import read_views
+from vac_ddp.predict import main, predict
+from vac_ddp.predicting import all_videos, part_files
+from vac_ddp.predicting.inputs import lay_out
+from vac_ddp.results.logits_file import log_prior, read_views
 from vac_ddp.scoring.forward import Scorer, scored_videos
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 
@@ -89,7 +91,7 @@ def test_the_mean_over_offsets_is_the_notebooks_loop(trained: Path, tmp_path: Pa
     """Decoded by Pillow, frame by frame, clip by clip: `logits += model(clip)` over the offsets, divided by three."""
     for number, count in enumerate((30, 12, 3)):
         frames(tmp_path / "data" / f"{number + 1:05}", number, count=count, size=(32, 32))
-    predict.predict(arguments(trained, tmp_path / "data", tmp_path / "out"))
+    predict(arguments(trained, tmp_path / "data", tmp_path / "out"))
 
     stored = torch.load(trained / "best_videomae.pt", weights_only=True)
     config = settings_io.from_dict(stored["config"], where="test")
@@ -224,14 +226,14 @@ def test_logits_that_are_not_finite_are_named_and_the_other_videos_are_scored(
         for frame in range(6):
             Image.new("RGB", (40, 40), (grey,) * 3).save(tmp_path / "data" / str(number) / f"{frame + 1:04}.png")
     with pytest.raises(Findings, match=r"1 of 2 videos have no frame .* or no finite logits.*: 2$"):
-        predict.predict(arguments(tmp_path / "run", tmp_path / "data", tmp_path / "out"))
+        predict(arguments(tmp_path / "run", tmp_path / "data", tmp_path / "out"))
     assert "2: its logits are not finite" in capsys.readouterr().out
     views = read_views(tmp_path / "out")
     assert views.failed.tolist() == [False, True]
     counts = np.maximum(np.array(COUNTS, float), 0.5)
     np.testing.assert_allclose(views.logits[1], [np.log(counts / counts.sum())] * 3, atol=1e-6)
     with pytest.raises(UserError, match="its logits are not finite"):
-        predict.predict(arguments(tmp_path / "run", tmp_path / "data" / "2", tmp_path / "one"))
+        predict(arguments(tmp_path / "run", tmp_path / "data" / "2", tmp_path / "one"))
 
 
 def test_what_is_averaged_follows_the_setting_and_the_command_line(
@@ -244,8 +246,8 @@ def test_what_is_averaged_follows_the_setting_and_the_command_line(
             rows = [dict(zip(row[1::2], map(float, row[2::2]), strict=True)) for row in list(csv.reader(stream))[1:]]
         return np.array([[row[name] for name in CLASSES] for row in rows])
 
-    predict.predict(arguments(trained, data[2], tmp_path / "probs", "predict.average=mean-probs"))
-    predict.predict(arguments(trained, data[2], tmp_path / "logits"))
+    predict(arguments(trained, data[2], tmp_path / "probs", "predict.average=mean-probs"))
+    predict(arguments(trained, data[2], tmp_path / "logits"))
     logits = read_views(tmp_path / "probs").logits.astype(np.float64)
 
     def softmax(values: np.ndarray) -> np.ndarray:
@@ -259,17 +261,17 @@ def test_what_is_averaged_follows_the_setting_and_the_command_line(
     np.testing.assert_allclose(written("again"), of_probs, atol=2e-6)
     score_command.main([str(tmp_path / "probs"), "--method", "mean-logits", "--out", str(tmp_path / "other")])
     np.testing.assert_allclose(written("other"), of_logits, atol=2e-6)
-    for number, row in enumerate(api.predict(api.load(trained), data[2])):
+    for number, row in enumerate(api.load(trained).predict(data[2])):
         np.testing.assert_allclose(softmax(row.logits), of_logits[number], atol=2e-6)
     classifier = api.load(trained)
     classifier.config.predict.average = "mean-probs"
-    for number, row in enumerate(api.predict(classifier, data[2])):
+    for number, row in enumerate(classifier.predict(data[2])):
         np.testing.assert_allclose(softmax(row.logits), of_probs[number], atol=2e-6)
 
 
 def test_views_crops_and_flips_are_what_the_table_says(trained: Path, data: dict[int, Path], tmp_path: Path) -> None:
-    predict.predict(arguments(trained, data[2], tmp_path / "all", "--views", "2x3+flip"))
-    predict.predict(arguments(trained, data[2], tmp_path / "some", "--views", "2x1"))
+    predict(arguments(trained, data[2], tmp_path / "all", "--views", "2x3+flip"))
+    predict(arguments(trained, data[2], tmp_path / "some", "--views", "2x1"))
     every, some = read_views(tmp_path / "all"), read_views(tmp_path / "some")
     assert every.views.tolist() == [[w, c, f] for w in range(2) for c in range(3) for f in range(2)]
     middle = (every.views[:, 1] == 1) & (every.views[:, 2] == 0)
@@ -280,7 +282,7 @@ def test_views_crops_and_flips_are_what_the_table_says(trained: Path, data: dict
 def test_labelled_folders_are_evaluated(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(12):
         frames(tmp_path / "val" / CLASSES[number % 3] / f"s{number // 6}_clip{number}", number)
-    predict.predict(arguments(trained, tmp_path / "val", tmp_path / "out", "data.group_regex=^(s.)_"))
+    predict(arguments(trained, tmp_path / "val", tmp_path / "out", "data.group_regex=^(s.)_"))
     views = read_views(tmp_path / "out")
     labels = np.array([CLASSES.index(name.split("/")[0]) for name in views.ids])
     assert (views.labels == labels).all()
@@ -313,16 +315,16 @@ def test_the_runs_own_validation_part(trained: Path, tmp_path: Path) -> None:
         Split(train=np.setdiff1d(np.arange(12), val), val=val, groups=groups, grammar="test"),
     )
     common = [f"data.cache={tmp_path / 'cache'}", "data.workers=0"]
-    predict.predict([f"run.dir={run}", "--data", str(tmp_path / "train"), "--part", "val", *common])
+    predict([f"run.dir={run}", "--data", str(tmp_path / "train"), "--part", "val", *common])
     part = read_views(run / "predictions" / "val")
     assert part.ids == [names[i] for i in val]
     assert part.sources == [groups[i] for i in val]
     assert [CLASSES[label] for label in part.labels] == [name.split("/")[0] for name in part.ids]
-    predict.predict([f"run.dir={run}", f"data.train={tmp_path / 'train'}", "--part", "train", *common])
+    predict([f"run.dir={run}", f"data.train={tmp_path / 'train'}", "--part", "train", *common])
     assert len(read_views(run / "predictions" / "train").ids) == 9
     (run / "split.csv").unlink()
     with pytest.raises(UserError, match="cannot read the split"):
-        predict.predict([f"run.dir={run}", "--data", str(tmp_path / "train"), "--part", "val", *common])
+        predict([f"run.dir={run}", "--data", str(tmp_path / "train"), "--part", "val", *common])
 
 
 def test_a_video_that_cannot_be_decoded_gets_the_prior(trained: Path, data: dict[int, Path], tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_video_that_cannot_be_decoded_gets_the_prior(trained: Path, data: dict
     first.write_bytes(first.read_bytes()[:40])
     argv = arguments(trained, tmp_path / "data", tmp_path / "out")
     with pytest.raises(Findings, match=r"2 of 6 videos .* class prior: 00002, 00007"):
-        predict.predict(argv)
+        predict(argv)
     views = read_views(tmp_path / "out")
     assert views.failed.tolist() == [False, True, False, False, False, True]
     assert views.damaged[2] >= 1
@@ -344,22 +346,22 @@ def test_a_video_that_cannot_be_decoded_gets_the_prior(trained: Path, data: dict
     assert [line.split(",")[0] for line in lines] == ["id", "1", "2", "3", "4", "5", "7"]
     assert lines[2] == "2,climb"
     with pytest.raises(Findings):  # and again when all is there already
-        predict.predict(argv)
+        predict(argv)
 
 
 def test_the_prior_without_counts_is_uniform() -> None:
-    np.testing.assert_allclose(np.exp(prediction.log_prior(None, 4)), 0.25, rtol=1e-6)
-    assert prediction.log_prior([1, 2], 2).dtype == np.float32
+    np.testing.assert_allclose(np.exp(log_prior(None, 4)), 0.25, rtol=1e-6)
+    assert log_prior([1, 2], 2).dtype == np.float32
 
 
 def test_one_folder_and_one_file(
     trained: Path, data: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    predict.predict(arguments(trained, data[5], tmp_path / "out"))
+    predict(arguments(trained, data[5], tmp_path / "out"))
     with (tmp_path / "out" / "scores.csv").open() as stream:
         rows = list(csv.reader(stream))
     capsys.readouterr()
-    predict.predict(["--run", str(trained), "--data", str(data[5] / "00003")])
+    predict(["--run", str(trained), "--data", str(data[5] / "00003")])
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [name for _, name in printed] == rows[3][1::2]
     assert [float(share) for share, _ in printed] == pytest.approx([float(s) for s in rows[3][2::2]], abs=1e-4)
@@ -377,15 +379,15 @@ def test_a_video_file_is_unpacked_whole_and_upright(trained: Path, tmp_path: Pat
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert prediction.lay_out(tmp_path / "film.mkv", "video file", tmp_path / "frames", short_side=1000) == []
+    assert lay_out(tmp_path / "film.mkv", "video file", tmp_path / "frames", short_side=1000) == []
     unpacked = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames/film").iterdir())])
     assert unpacked.shape == pictures.shape
     assert np.abs(unpacked.astype(int) - pictures).mean() < 4
-    prediction.lay_out(tmp_path / "film.mkv", "video file", tmp_path / "small", short_side=48)
+    lay_out(tmp_path / "film.mkv", "video file", tmp_path / "small", short_side=48)
     assert Image.open(tmp_path / "small" / "film" / "0001.jpg").size == (64, 48)
-    assert predict.main(["--run", str(trained), "--data", str(tmp_path / "film.mkv")]) == 0
+    assert main(["--run", str(trained), "--data", str(tmp_path / "film.mkv")]) == 0
     (tmp_path / "bad.mp4").write_bytes(b"no film")
-    assert predict.main(["--run", str(trained), "--data", str(tmp_path / "bad.mp4")]) == 2
+    assert main(["--run", str(trained), "--data", str(tmp_path / "bad.mp4")]) == 2
 
 
 # ---------------------------------------------------------------- what it refuses, and what it keeps
@@ -421,7 +423,7 @@ def test_bad_input_is_one_line(trained: Path, data: dict[int, Path], tmp_path: P
         ([*given, "stray"], "unknown argument stray"),
     ):
         with pytest.raises(UserError, match=text) as caught:
-            predict.predict(argv)
+            predict(argv)
         assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*.*"))  # the gate closes before anything is computed
 
@@ -430,19 +432,19 @@ def test_what_is_there_is_kept_and_another_prediction_is_refused(
     trained: Path, data: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = arguments(trained, data[2], tmp_path / "out")
-    predict.predict(argv)
+    predict(argv)
     before = (tmp_path / "out" / "views.npz").read_bytes()
     monkeypatch.setattr(all_videos, "scored_videos", None)  # a second run computes nothing
-    predict.predict(argv)
+    predict(argv)
     assert (tmp_path / "out" / "views.npz").read_bytes() == before
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["scores.csv", "submission.csv", "views.npz"]
     with pytest.raises(UserError, match=r"clip.stride \(2 there, 3 now\) changed"):
-        predict.predict([*argv, "clip.stride=3"])
+        predict([*argv, "clip.stride=3"])
     with pytest.raises(UserError, match="data "):
-        predict.predict(arguments(trained, data[5], tmp_path / "out"))
+        predict(arguments(trained, data[5], tmp_path / "out"))
     assert (tmp_path / "out" / "views.npz").read_bytes() == before
     monkeypatch.undo()
-    predict.predict([*argv, "clip.stride=3", "--overwrite"])
+    predict([*argv, "clip.stride=3", "--overwrite"])
     assert (tmp_path / "out" / "views.npz").read_bytes() != before
 
 
@@ -452,7 +454,7 @@ def test_a_submission_of_somebody_else_is_not_written_over(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "submission.csv").write_text("mine")
     with pytest.raises(UserError, match=r"holds a submission.csv of something else"):
-        predict.predict(arguments(trained, data[1], tmp_path / "out"))
+        predict(arguments(trained, data[1], tmp_path / "out"))
     assert (tmp_path / "out" / "submission.csv").read_text() == "mine"
 
 
@@ -460,7 +462,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
     trained: Path, data: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A stop saves what is finished; of the parts one is damaged meanwhile, and named."""
-    predict.predict(arguments(trained, data[31], tmp_path / "whole"))
+    predict(arguments(trained, data[31], tmp_path / "whole"))
     argv = arguments(trained, data[31], tmp_path / "out", "predict.save_every=3")
     real, seen = all_videos.scored_videos, []
 
@@ -476,7 +478,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
 
     monkeypatch.setattr(all_videos, "scored_videos", stopping_after(9))
     with pytest.raises(Interrupted):
-        predict.predict(argv)
+        predict(argv)
     saved = sorted((tmp_path / "out" / "parts").glob("part-*.npy"))
     assert [len(np.load(path)) for path in saved] == [3, 3, 3, 1]
     bad = bytearray(saved[1].read_bytes())
@@ -485,7 +487,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
     monkeypatch.setattr(all_videos, "scored_videos", stopping_after(1000))
     seen.clear()
     capsys.readouterr()
-    predict.predict(argv)
+    predict(argv)
     assert seen == [3, 4, 5, *range(10, 31)]
     printed = capsys.readouterr().out
     assert f"{saved[1].name} is damaged" in printed
@@ -517,14 +519,14 @@ def test_parts_of_another_shape_or_with_a_video_twice_do_not_count(tmp_path: Pat
 MANY = """
 import sys
 from pathlib import Path
-from vac_ddp import predict
+from vac_ddp.predict import predict
 from vac_ddp.predicting import all_videos
 from vac_ddp.runtime import distributed
 all_videos.CHUNK_BYTES = 700  # several chunks even of five videos
 trained, out, *folders = sys.argv[1:]
 for folder in folders:
     where = Path(out) / Path(folder).name
-    predict.predict(["--run", trained, "--data", folder, "--out", str(where), f"data.cache={out}/cache",
+    predict(["--run", trained, "--data", folder, "--out", str(where), f"data.cache={out}/cache",
                      "data.workers=0", "predict.save_every=2"])
 distributed.end(0)
 """
@@ -540,7 +542,7 @@ def test_any_number_of_ranks_writes_the_same_file(
     done = torchrun(ranks, tmp_path / "many.py", trained, tmp_path / "many", *folders, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for videos, folder in data.items():
-        predict.predict(arguments(trained, folder, tmp_path / "one" / str(videos)))
+        predict(arguments(trained, folder, tmp_path / "one" / str(videos)))
         one, many = tmp_path / "one" / str(videos), tmp_path / "many" / str(videos)
         with np.load(one / "views.npz") as a, np.load(many / "views.npz") as b:
             assert a.files == b.files
@@ -558,13 +560,13 @@ def test_an_error_on_one_rank_ends_all_in_one_line(trained: Path, data: dict[int
     """Rank 1 cannot save: all ranks end with its line and status 2."""
     code = """
 import os, sys
-from vac_ddp import predict
+from vac_ddp.predict import main
 from vac_ddp.predicting import part_files
 if os.environ["RANK"] == "1":
     def save_part(out, records):
         raise OSError(28, "No space left on device")
     part_files.save_part = save_part
-sys.exit(predict.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
     (tmp_path / "full.py").write_text(code)
     status = tmp_path / "status.json"
@@ -599,7 +601,7 @@ import json, os, random, signal, socket, sys, time
 from pathlib import Path
 import numpy as np
 import torch  # imported once: a fork is ready in no time
-from vac_ddp import predict
+from vac_ddp.predict import main
 from vac_ddp.predicting import all_videos, part_files, prediction
 from vac_ddp.scoring import forward
 from vac_ddp.training import job
@@ -621,7 +623,7 @@ def rank(number, world, port):
     os.environ.update(RANK=str(number), WORLD_SIZE=str(world), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stdout = open(log, "a")
-    os._exit(predict.main(["--run", trained, "--data", folder, "--out", out, f"data.cache={out}.cache",
+    os._exit(main(["--run", trained, "--data", folder, "--out", out, f"data.cache={out}.cache",
                            "data.workers=0", "predict.save_every=1", "predict.clips_per_gpu=3"]))
 
 
@@ -698,7 +700,7 @@ def test_killed_at_random_moments_nothing_saved_is_computed_again(
     said = log.read_text()
     assert f"{31 - len(last['before'])} videos x 3 views" in said
     assert f"{len(last['before'])} videos were there already" in said
-    predict.predict(arguments(trained, data[31], tmp_path / "whole"))
+    predict(arguments(trained, data[31], tmp_path / "whole"))
     whole, pieced = read_views(tmp_path / "whole"), read_views(tmp_path / "out")
     assert pieced.ids == whole.ids
     np.testing.assert_allclose(pieced.logits, whole.logits, atol=1e-5)

@@ -52,7 +52,7 @@ def test_a_rank_that_is_stuck_in_native_code_ends_all(place: Workplace, library:
 
 ONE_IS_STOPPED = """
 import os, signal, sys
-from vac_ddp import predict
+from vac_ddp.predict import main
 from vac_ddp.predicting import all_videos
 
 real = all_videos.scored_videos
@@ -65,7 +65,7 @@ def stopped(scorer, videos):
 
 if os.environ["RANK"] == "1" and not os.environ.get("UNDISTURBED"):
     all_videos.scored_videos = stopped
-sys.exit(predict.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 

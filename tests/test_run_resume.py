@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tests.runs import Workplace, assert_same_end, differences, make_videos
-from vac_ddp import config, predict, train
+from vac_ddp import config, train
 from vac_ddp.arguments import parse_settings
 from vac_ddp.models import load_model, rebuild_model
+from vac_ddp.predict import main as predict_main
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 from vac_ddp.training import job, resuming, same_run
 from vac_ddp.training.best_weights import BestFile
@@ -230,7 +231,7 @@ def test_a_run_needs_no_weights_file(place: Workplace) -> None:
     assert_same_end(place, "tuned", "tuned_half")
     out = place.folder / "predicted"
     assert (
-        predict.main(
+        predict_main(
             ["--run", str(place.folder / "tuned"), "--data", str(place.folder / "data_val"), "--out", str(out)]
         )
         == 0

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from tests.fixtures.make_runs import SETTINGS, make_frames
 from tests.support import shared
-from vac_ddp import cli, files, predict, train
+from vac_ddp import cli, files, train
 from vac_ddp.data.index import open_index
 from vac_ddp.errors import UserError
+from vac_ddp.predict import main as predict_main
 from vac_ddp.report import html
 from vac_ddp.report.lines import Lines
 from vac_ddp.results.logits_file import read_views
@@ -106,7 +107,7 @@ def test_odd_names_train_resume_predict_score_and_report(odd: list[str], capsys:
     rows = Path("run/split.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 4 * len(odd)
     assert any(row.startswith(f"{WRITTEN}/v{WRITTEN}0,{WRITTEN},") for row in rows)
-    assert predict.main(["--run", "run", "--data", "data_test", "--out", "out"]) == 0
+    assert predict_main(["--run", "run", "--data", "data_test", "--out", "out"]) == 0
     ids = read_views("out").ids
     assert sorted(map(original, ids)) == sorted(path.name for path in Path("data_test").iterdir())
     sample = Path("out/submission.csv").read_text(encoding="utf-8")

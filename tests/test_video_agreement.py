@@ -15,11 +15,12 @@ import simplejpeg
 
 from tests.support import REPO, ffmpeg_program, shared
 from tests.test_extract import with_matrix
-from vac_ddp import load, predict
+from vac_ddp import load
 from vac_ddp.data.extraction import Options, extract
 from vac_ddp.data.video_reader import SUFFIXES, DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
-from vac_ddp.predicting import prediction
+from vac_ddp.predict import main
+from vac_ddp.predicting.inputs import lay_out
 
 pytestmark = pytest.mark.fault  # the longer tier
 
@@ -178,12 +179,12 @@ def test_extract_and_predict_write_these_frames(folder: Path, tmp_path: Path) ->
     for path in sorted(videos.iterdir()):
         if path.name == "cut_odd_size_mkv.mkv":  # no frame of it is whole
             with pytest.raises(UserError, match="no frame decodes"):
-                prediction.lay_out(path, "video file", tmp_path / path.stem, short_side=10_000)
+                lay_out(path, "video file", tmp_path / path.stem, short_side=10_000)
             assert not (tmp_path / "out" / path.stem).exists()
             continue
         frames = list(VideoFile(path=path).frames())
         assert written(tmp_path / "out" / path.stem) == encoded(frames, 90, "420")
-        prediction.lay_out(path, "video file", tmp_path / path.stem, short_side=10_000)
+        lay_out(path, "video file", tmp_path / path.stem, short_side=10_000)
         assert written(tmp_path / path.stem / path.stem) == encoded(frames, 95, "444")
 
 
@@ -203,18 +204,18 @@ def test_the_api_predicts_from_the_frames_of_the_ffmpeg_program(folder: Path, tm
     assert 2 * model.config.clip.size == 32  # smaller frames are not shrunk
     for number, data in enumerate(images, start=1):
         (tmp_path / f"{number:04d}.jpg").write_bytes(data)
-    (expected,), (got,) = predict(model, tmp_path), predict(model, folder / name)
+    (expected,), (got,) = model.predict(tmp_path), model.predict(folder / name)
     assert got.faults == [] and not got.failed
     np.testing.assert_array_equal(got.logits, expected.logits)
-    plain = predict(model, folder / "small.mp4")[0]
+    plain = model.predict(folder / "small.mp4")[0]
     assert np.abs(plain.logits - got.logits).max() > 1e-4  # and it matters
 
 
 def test_a_file_that_is_cut_off_is_predicted_with_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = REPO / "tests/fixtures/be24294/videomae"
-    (answer,) = predict(load(run, device="cpu"), folder / "cut_open_gop.ts")
+    (answer,) = load(run, device="cpu").predict(folder / "cut_open_gop.ts")
     assert len(answer.faults) == 1 and "cut off" in answer.faults[0]
-    assert predict.main(["--run", str(run), "--data", str(folder / "cut_open_gop.ts")]) == 3
+    assert main(["--run", str(run), "--data", str(folder / "cut_open_gop.ts")]) == 3
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 3  # the classes
     assert f"{answer.faults[0]}; predicted from the frames that decode" in said.err

@@ -1,25 +1,45 @@
 """Fine-tune video classifiers on frame folders with raw PyTorch DDP.
 
-From Python: `from vac_ddp import load, predict` (see `vac_ddp.api`).
+From Python: `vac_ddp.load(run)` gives a `Classifier`, whose `predict` classifies videos (see `vac_ddp.api`).
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from vac_ddp.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from vac_ddp.api import Classifier, Prediction, load, predict
+    from vac_ddp.api import Classifier, Prediction, load
 
-__all__ = ["Classifier", "Prediction", "__version__", "load", "predict"]
+__all__ = ["Classifier", "Prediction", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """The Python API, imported when it is asked for: `import vac_ddp` alone stays light."""
-    if name == "predict":
-        return importlib.import_module("vac_ddp.predict")  # a module that can be called
     if name in ("load", "Classifier", "Prediction"):
         return getattr(importlib.import_module("vac_ddp.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def predict(model: Classifier, data: Any, **options: Any) -> list[Prediction]:
+    """Deprecated: `model.predict(data, ...)`. Goes with version 0.2, and with it the class below."""
+    warnings.warn(
+        "vac_ddp.predict(model, data) is deprecated: use model.predict(data)", DeprecationWarning, stacklevel=2
+    )
+    return model.predict(data, **options)
+
+
+class _Package(types.ModuleType):
+    """The package, whose `predict` stays the function above when the program of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "predict" or not isinstance(value, types.ModuleType):  # imports set submodules as attributes
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

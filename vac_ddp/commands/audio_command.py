@@ -156,7 +156,7 @@ def _parts(
     elif len(split.val):
         parts.append(("val", index, [split.groups[video] for video in split.val.tolist()]))
     if options.test:
-        from vac_ddp.predict import kind_of
+        from vac_ddp.data.data_kind import kind_of
 
         labelled = kind_of(Path(options.test).expanduser()) == "labelled"
         classes = index.classes if labelled else None

@@ -177,7 +177,7 @@ def _seeds(text: str) -> list[int]:
 
 def _check(options: argparse.Namespace, config: Config, first: list[str], ranks: int) -> bool:
     """Everything that can be told before hours of training; returns whether members have a validation part."""
-    from vac_ddp.predict import kind_of
+    from vac_ddp.data.data_kind import kind_of
 
     if kind_of(Path(options.data).expanduser()) not in ("test", "labelled"):
         raise UserError(f"--data {options.data} is one video: an ensemble scores a folder of videos")

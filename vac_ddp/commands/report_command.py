@@ -83,11 +83,11 @@ def _views(run: Path, given: str | None, *, predict: bool) -> tuple[Views | None
     folder = run / "predictions" / "val"
     fresh = (folder / NAME).exists() and read_views(folder).about.get("weights") == sha256(best[0])
     if not fresh and predict:
-        from vac_ddp import predict as door
+        from vac_ddp.predict import predict as predict_part
 
         print(f"predicting the validation part with {best[0].name}")
         try:
-            door.predict(["--weights", str(best[0]), "--part", "val", "--overwrite"])
+            predict_part(["--weights", str(best[0]), "--part", "val", "--overwrite"])
         except Findings as finding:
             return read_views(folder), str(finding)
         except UserError as error:

@@ -48,6 +48,11 @@ def train_frames(n_frames: int, clip: ClipSettings, rng: np.random.Generator) ->
     return _window(int(rng.integers(last_start + 1)), stride, n_frames, clip)
 
 
+def window_count(views: ViewSettings) -> int:
+    """The number of windows of a scored video, K of `test_windows`."""
+    return len(views.offsets) if views.windows == "offsets" else views.count
+
+
 def test_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.ndarray:
     """Frames of the clips of a scored video, (K, T) int64.
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vac_ddp.data.batch import Batch, TestBatch
+from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews, TrainClips, damage_line
 from vac_ddp.data.loader_processes import LoaderContext, ignore_signals
 from vac_ddp.data.sampler import StepSampler
@@ -213,7 +214,7 @@ def test_loader(
     ordered = [int(place) for place in places]
     batches = [ordered[i : i + videos_per_batch] for i in range(0, len(ordered), videos_per_batch)]
     views = dataset.views
-    clips = (len(views.offsets) if views.windows == "offsets" else views.count) * views.crops * videos_per_batch
+    clips = window_count(views) * views.crops * videos_per_batch
     return Loader(
         dataset,
         batches,

@@ -16,7 +16,8 @@ from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.loader import Loader, TestBatch, test_loader
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.predicting import part_files
-from vac_ddp.results.logits_file import NAME, ViewsHead, write_views
+from vac_ddp.predicting.task import Task
+from vac_ddp.results.logits_file import NAME, write_views
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.scoring.forward import Scored, Scorer, scored_videos
@@ -24,20 +25,6 @@ from vac_ddp.scoring.views import deal
 
 CHUNK_BYTES = 64 << 20  # logits that rank 0 holds at a time while it writes the views file
 NAMED = 20  # damaged frames that are named one by one
-
-
-@dataclass(kw_only=True)
-class Task:
-    """What is predicted, the same on every rank: `head` but for its damage, the cost of each video, the class prior.
-
-    fingerprint: what must be the same for finished parts to count, as short texts by name.
-    prior: (K,) float32, logarithm of the class prior, for videos of which nothing can be decoded.
-    """
-
-    head: ViewsHead
-    costs: np.ndarray
-    fingerprint: dict[str, str]
-    prior: np.ndarray
 
 
 @dataclass(kw_only=True)

@@ -1,53 +1,145 @@
-"""From a checkpoint and a data folder to a views file and its results: the rooms of a prediction, tied together."""
+"""Predict a folder of videos, or one video: from a checkpoint and data to a views file and its results."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vac_ddp.data.clip_sampling import test_windows
+from vac_ddp.data.data_kind import kind_of
 from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.grouping import find_sources
-from vac_ddp.data.index import Index, cache_name, open_index
+from vac_ddp.data.index import Index
 from vac_ddp.data.loader import worker_count
-from vac_ddp.data.split import read_split
-from vac_ddp.data.video_reader import DamagedVideo, VideoFile, need_av, write_frames
-from vac_ddp.errors import UserError
-from vac_ddp.files import write_text
+from vac_ddp.errors import Findings, UserError
 from vac_ddp.models import load_model
 from vac_ddp.models.compilation import compile_if_it_works
 from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.models.weight_files import Source
-from vac_ddp.predicting.all_videos import Done, Task, predict_views
-from vac_ddp.predicting.fingerprint import fingerprint
-from vac_ddp.predicting.part_files import FOLDER
+from vac_ddp.predicting.all_videos import Done, predict_views
+from vac_ddp.predicting.inputs import lay_out, part_of, read_index
+from vac_ddp.predicting.outputs import check_submission, write_results
+from vac_ddp.predicting.task import Task, make_task
 from vac_ddp.report.terminal import start_bar
-from vac_ddp.results import averaging, evaluation, submission
-from vac_ddp.results.logits_file import ViewsHead, read_views
+from vac_ddp.results import averaging
+from vac_ddp.results.logits_file import Views, read_views
+from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.lock import RunLock
+from vac_ddp.runtime.monitor import PROCESS
+from vac_ddp.runtime.ranks import say
+from vac_ddp.runtime.signals import StopRequest
 from vac_ddp.scoring.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
-from vac_ddp.scoring.views import video_costs, view_table
 from vac_ddp.settings import Config
-from vac_ddp.version import VERSION
 
 NAMED = 5
+TOP = 5
 WORTH_TRYING = 2000  # clips of a rank: half a minute of compiling and trying sizes is a small part of their time
 
 
-def say(text: str) -> None:
-    """One line for people, from rank 0."""
-    if distributed.is_main():
-        print(text, flush=True)
+@dataclass(kw_only=True)
+class Request:
+    """What to predict: the data with the settings `config` and the weights `source`, and where results go.
+
+    part: the run's own "train" or "val" videos, by its split.csv. out: None is a folder that is named after the data;
+    one video leaves no files then. sample: a sample_submission.csv that submission.csv follows.
+    """
+
+    data: Path
+    config: Config
+    source: Source
+    part: str | None = None
+    out: Path | None = None
+    sample: str | None = None
+    overwrite: bool = False
+
+
+def predict_folder(request: Request, device: torch.device, *, labelled: bool, stop: StopRequest) -> None:
+    """Predict a folder of videos: views file, submission, scores, and the evaluation where there are labels.
+
+    Called by all ranks. Raises Findings, with everything written, where videos got the class prior.
+    """
+    config, source = request.config, request.source
+    name = request.part or request.data.resolve().name
+    out = request.out or source.path.parent / "predictions" / name
+    with locked(out):
+        index = read_index(request.data, config, source, out, labelled=labelled)
+        for note in index.notes:
+            say(note)
+        sources = None
+        if request.part:
+            index, sources = part_of(index, source.path.parent, config, request.part)
+        task = make_task(config, source, index, device, sources=sources)
+        ids, classes = task.head.ids, task.head.classes
+        distributed.main_first(lambda: check_submission(ids, classes, config, request.sample), lambda: None)
+        scorer = open_scorer(config, source, device)
+        stop.install()
+        PROCESS.watch(config.health.start_timeout_s)
+        try:
+            done = score(task, config, scorer, index, out, overwrite=request.overwrite, stop=stop.wanted)
+        finally:
+            stop.restore()
+        say_how(done, task)
+        failed = distributed.main_first(lambda: write_results(out, config, request.sample), list)
+    failed = distributed.broadcast_object(failed)
+    if failed:
+        shown = ", ".join(failed[:NAMED]) + (", ..." if len(failed) > NAMED else "")
+        raise Findings(
+            f"{len(failed)} of {len(index)} videos have no frame that can be decoded, or no finite logits, and got the "
+            f"class prior: {shown}"
+        )
+
+
+def predict_one(request: Request, device: torch.device) -> None:
+    """Predict one video: print its best classes, and write files only where `out` is given.
+
+    Raises UserError where nothing of it decodes, and Findings where a part of it does not.
+    """
+    data, config = request.data, request.config
+    if distributed.world_size() > 1:
+        raise UserError(f"{data} is one video: start `vac predict` without torchrun")
+    config.data.workers = 0
+    with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
+        views, done, faults = predict_here(request, lambda: open_scorer(config, request.source, device), Path(scratch))
+        if views.failed[0]:
+            raise UserError(f"{data}: {done.damage[0] if done.damage else 'no frame of it can be decoded'}")
+        if request.out:
+            write_results(request.out, config, request.sample)
+    scores = averaging.average_views(views.logits, method=config.predict.average)
+    numbers, probabilities = top_classes(scores, TOP)
+    for number, probability in zip(numbers[0].tolist(), probabilities[0].tolist(), strict=True):
+        print(f"{probability:.4f}  {views.classes[number]}")
+    if faults:
+        raise Findings(f"{data}: {'; '.join(faults)}; predicted from the frames that decode")
+
+
+def predict_here(
+    request: Request, opened: Callable[[], Scorer], scratch: Path, *, quiet: bool = False
+) -> tuple[Views, Done, list[str]]:
+    """Predict any data in this process, with all files but `request.out` in `scratch`; the settings are changed.
+
+    opened: gives the model, once the data is known to be good. Returns the views, how it went, and what is wrong with
+    a video file of which some frames decode.
+    """
+    root, config, kind, faults = request.data, request.config, kind_of(request.data), []
+    if kind in ("video file", "frames"):
+        root = scratch / "data"
+        faults = lay_out(request.data, kind, root, short_side=2 * config.clip.size)
+    config.data.cache = str(scratch)
+    out = request.out or scratch / "out"
+    index = read_index(root, config, request.source, out, labelled=kind == "labelled")
+    scorer = opened()
+    task = make_task(config, request.source, index, scorer.device)
+    done = score(task, config, scorer, index, out, overwrite=request.overwrite, stop=lambda: 0, quiet=quiet)
+    return read_views(out), done, faults
 
 
 @contextlib.contextmanager
@@ -67,106 +159,6 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def read_index(root: Path, config: Config, source: Source, out: Path, *, labelled: bool) -> Index:
-    """Rank 0 scans, or reads the cached index; the others read what it left in OUT/parts."""
-
-    def read() -> Index:
-        return open_index(
-            root,
-            labelled=labelled,
-            settings=config.data,
-            classes=source.classes if labelled else None,
-            scan=distributed.is_main(),
-            cache_file=out / FOLDER / cache_name(root, labelled=labelled, settings=config.data),
-        )
-
-    return distributed.main_first(read, read)
-
-
-def part_of(index: Index, run: Path, config: Config, part: str) -> tuple[Index, list[str]]:
-    """The videos of the run's training or validation part, and the source of each, by its split.csv."""
-    if part == "val" and config.data.val:
-        return index, _sources(config, index, list(index.names))
-    split = read_split(run / "split.csv", index)
-    videos = split.train if part == "train" else split.val
-    if not len(videos):
-        raise UserError(f"{run / 'split.csv'} has no {part} part: give --data DIR")
-    return index.take(videos), [split.groups[video] for video in videos.tolist()]
-
-
-def make_task(
-    config: Config, source: Source, index: Index, device: torch.device, *, sources: list[str] | None = None
-) -> Task:
-    """What is predicted, and the fingerprint under which finished parts of it count.
-
-    sources: where each video was cut from; without them labelled videos are asked for it by their names.
-    """
-    views, classes, names = config.predict.views, list(source.classes or []), list(index.names)
-    precision = precision_of(config, device)
-    settings = {
-        "clip": dataclasses.asdict(config.clip),
-        "views": dataclasses.asdict(views),
-        "precision": precision,
-        "model": config.model.name,
-    }
-    marks = fingerprint(
-        config,
-        index,
-        weights=source.sha256,
-        precision=precision,
-        device=device.type,
-        version=VERSION,
-        frames=distributed.is_main(),
-    )
-    return Task(
-        head=ViewsHead(
-            ids=names,
-            classes=classes,
-            views=view_table(views, len(test_windows(1, config.clip, views))),
-            labels=np.asarray(index.labels, np.int64),
-            sources=_sources(config, index, names) if sources is None else sources,
-            damaged=np.zeros(len(names), np.int64),
-            failed=np.zeros(len(names), bool),
-            about={
-                "weights": source.sha256,
-                "settings": settings,
-                "average": config.predict.average,
-                "fingerprint": marks,
-                "versions": {"vac_ddp": VERSION, "torch": torch.__version__},
-            },
-        ),
-        costs=video_costs(
-            index.frame_counts, lambda n: test_windows(n, config.clip, views), views.crops * (2 if views.flip else 1)
-        ),
-        fingerprint=marks,
-        prior=log_prior(source.class_counts, len(classes)),
-    )
-
-
-def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:
-    """Logarithm of the class prior (K,) float32: the shares in the training part, or equal ones where not known.
-
-    A class that was never trained on counts as half a video, so that its logarithm is a number.
-    """
-    if counts is None or len(counts) != classes or sum(counts) <= 0:
-        return np.full(classes, -math.log(classes), np.float32)
-    shares = np.maximum(np.asarray(counts, np.float64), 0.5)
-    return np.log(shares / shares.sum()).astype(np.float32)
-
-
-def _sources(config: Config, index: Index, names: list[str]) -> list[str]:
-    """The source of every labelled video, for the interval; empty where names do not tell."""
-    labels = index.labels.tolist()
-    if not labels or min(labels) < 0:
-        return [""] * len(names)
-    try:
-        found = find_sources(names, [index.classes[label] for label in labels], config.data)
-    except UserError as error:
-        say(f"every video counts as its own source: {error}")
-        return [""] * len(names)
-    return list(found.groups) if found.grammar != "none" else [""] * len(names)
 
 
 def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
@@ -266,57 +258,3 @@ def say_how(done: Done, task: Task) -> None:
         say(line)
     if done.damaged_frames > len(done.damage):
         say(f"{done.damaged_frames} damaged frames in all")
-
-
-def gate(ids: list[str], classes: list[str], config: Config, sample: str | None) -> None:
-    """Raise UserError, before anything is computed, where these videos cannot make a right submission."""
-    answers = [""] * len(ids)
-    if sample is None:
-        submission.submission_text(ids, answers)
-        return
-    text = submission.read_sample(sample)
-    submission.submission_after(text, ids, answers, where=sample, classes=classes)
-    note = submission.sample_note(text, classes, sample) if config.predict.answer == "name" else None
-    if note:
-        say(note)
-
-
-def finish(out: Path, config: Config, sample: str | None) -> list[str]:
-    """From the views file to the results, on rank 0; returns the names of the videos that got the class prior."""
-    views = read_views(out)
-    scores = averaging.average_views(views.logits, method=config.predict.average)
-    numbers = scores.argmax(axis=1).tolist()
-    index = config.predict.answer == "index"
-    answers = [str(number) if index else views.classes[number] for number in numbers]
-    submission.write_submission(
-        out / "submission.csv", views.ids, answers, sample=sample, scores=scores, classes=views.classes
-    )
-    write_text(out / "scores.csv", submission.scores_text(views.ids, scores, views.classes))
-    if views.labelled:
-        found = evaluation.evaluate(scores, views.labels, views.classes, views.sources)
-        evaluation.write_evaluation(out, found)
-        for line in evaluation.lines(found):
-            say(line)
-    say(f"submission   {out / 'submission.csv'}")
-    say(f"views        {views.path} (vac score reads it)")
-    return [name for name, failed in zip(views.ids, views.failed.tolist(), strict=True) if failed]
-
-
-def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> list[str]:
-    """Make `root` a data set of the one video `data`: a folder of frames, or a "video file", which is unpacked.
-
-    Returns what is wrong with a file that has frames. UserError where it has none.
-    """
-    root.mkdir()
-    if kind == "frames":
-        (root / data.resolve().name).symlink_to(data.resolve(), target_is_directory=True)
-        return []
-    need_av()
-    folder = root / (data.stem.lstrip(".") or "video")  # hidden folders are not read
-    folder.mkdir()
-    video = VideoFile(path=data)
-    try:
-        write_frames(video, folder, short_side=short_side, quality=95, subsampling="444")
-    except DamagedVideo as error:
-        raise UserError(f"{data} cannot be read as a video: {error}") from None
-    return video.faults

@@ -16,6 +16,7 @@ A zip of .npy files as `np.savez` writes it, with fixed dates: the same content 
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,17 @@ def read_views(path: str | Path) -> Views:
         about=about,
         path=path,
     )
+
+
+def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:
+    """Logarithm of the class prior (K,) float32: the shares in the training part, or equal ones where not known.
+
+    A class that was never trained on counts as half a video, so that its logarithm is a number.
+    """
+    if counts is None or len(counts) != classes or sum(counts) <= 0:
+        return np.full(classes, -math.log(classes), np.float32)
+    shares = np.maximum(np.asarray(counts, np.float64), 0.5)
+    return np.log(shares / shares.sum()).astype(np.float32)
 
 
 def _small_arrays(head: ViewsHead) -> dict[str, np.ndarray]:

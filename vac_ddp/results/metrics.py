@@ -103,6 +103,13 @@ def log_softmax(logits: Any) -> np.ndarray:
         return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
 
 
+def top_classes(scores: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `top` likeliest classes of scores (V, K), best first, equal ones by number: (numbers, probabilities)."""
+    probabilities = np.exp(log_softmax(scores))
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    return order, np.take_along_axis(probabilities, order, axis=1)
+
+
 def label_places(logits: Any, labels: Any) -> np.ndarray:
     """Place (N,) int64 of the label among the sorted logits (N, K), from 0; equal logits count in class order.
 

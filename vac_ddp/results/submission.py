@@ -11,7 +11,7 @@ import numpy as np
 
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
-from vac_ddp.results.metrics import log_softmax
+from vac_ddp.results.metrics import log_softmax, top_classes
 from vac_ddp.text import printable
 
 HEADER = ("id", "class")
@@ -323,11 +323,10 @@ def scores_text(names: Sequence[str], scores: np.ndarray, classes: Sequence[str]
     header = ["id", "class", "confidence"]
     header += [f"{what}_{place}" for place in range(2, top + 1) for what in ("class", "confidence")]
     lines = [",".join(header)]
-    shares = np.exp(log_softmax(scores))
-    order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+    numbers, probabilities = top_classes(scores, top)
     for row in sorted(range(len(names)), key=lambda i: natural_key(written_id(names[i]))):
         cells = [quoted(written_id(names[row]))]
-        for number in order[row].tolist():
-            cells += [quoted(classes[number]), f"{shares[row, number]:.6f}"]
+        for number, probability in zip(numbers[row].tolist(), probabilities[row].tolist(), strict=True):
+            cells += [quoted(classes[number]), f"{probability:.6f}"]
         lines.append(",".join(cells))
     return "\n".join(lines) + "\n"

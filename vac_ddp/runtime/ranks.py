@@ -38,3 +38,9 @@ def restarts(name: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{name}={text[:40]} in the environment is not a number of restarts: unset it")
     return int(text)
+
+
+def say(text: str) -> None:
+    """Print one line for people, from rank 0."""
+    if is_main():
+        print(text, flush=True)

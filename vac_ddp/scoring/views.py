@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable
 
 import numpy as np
 
+from vac_ddp.errors import UserError
 from vac_ddp.settings import ViewSettings
+
+
+def set_views(views: ViewSettings, text: str) -> None:
+    """Set windows, crops and mirroring as written in --views: 5x3, or 2x3+flip. UserError for another text."""
+    match = re.fullmatch(r"([1-9][0-9]{0,2})x([13])(\+flip)?", text)
+    if match is None:
+        raise UserError(f"--views {text}: expected KxC with C 1 or 3, as 5x3 or 2x3+flip")
+    views.windows, views.count, views.crops, views.flip = "spread", int(match[1]), int(match[2]), bool(match[3])
 
 
 def view_table(settings: ViewSettings, windows: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vac_ddp.data.augment import normalise
+from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.loader import TestBatch, test_loader, to_device
@@ -94,7 +95,7 @@ class Validator:
         self.config, self.data, self.stepper, self.tracker = config, data, stepper, tracker
         self.videos = data.split.val
         self.places = rank_places(len(self.videos), distributed.rank(), distributed.world_size())
-        views = config.val.crops * (len(config.val.offsets) if config.val.windows == "offsets" else config.val.count)
+        views = window_count(config.val) * config.val.crops
         self.at_once = max(1, stepper.clips_per_gpu // views)
         dataset = TestViews(
             data.val_index,
@@ -154,7 +155,6 @@ class Validator:
         """
         assert validation.logits is not None, "only on rank 0"
         views, index = self.config.val, self.data.val_index
-        windows = len(views.offsets) if views.windows == "offsets" else views.count
         names = [index.names[video] for video in self.videos.tolist()]
         head = ViewsHead(
             ids=names,
@@ -164,7 +164,7 @@ class Validator:
             sources=self._sources(names),
             damaged=np.zeros(len(names), np.int64),
             failed=np.zeros(len(names), bool),
-            about={"epoch": epoch, "averaged": windows * views.crops * (2 if views.flip else 1)},
+            about={"epoch": epoch, "averaged": window_count(views) * views.crops * (2 if views.flip else 1)},
         )
         write_views(path, head, [validation.logits.numpy()[:, None]])
 

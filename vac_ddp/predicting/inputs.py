@@ -1,0 +1,76 @@
+"""What is predicted: one video laid out as a data set, the index of a folder, or a part of the run's own data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vac_ddp.data.grouping import find_sources
+from vac_ddp.data.index import Index, cache_name, open_index
+from vac_ddp.data.split import read_split
+from vac_ddp.data.video_reader import DamagedVideo, VideoFile, need_av, write_frames
+from vac_ddp.errors import UserError
+from vac_ddp.models.weight_files import Source
+from vac_ddp.predicting.part_files import FOLDER
+from vac_ddp.runtime import distributed
+from vac_ddp.runtime.ranks import say
+from vac_ddp.settings import Config
+
+
+def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> list[str]:
+    """Make `root` a data set of the one video `data`: a folder of frames, or a "video file", which is unpacked.
+
+    Returns what is wrong with a file that has frames. UserError where it has none.
+    """
+    root.mkdir()
+    if kind == "frames":
+        (root / data.resolve().name).symlink_to(data.resolve(), target_is_directory=True)
+        return []
+    need_av()
+    folder = root / (data.stem.lstrip(".") or "video")  # hidden folders are not read
+    folder.mkdir()
+    video = VideoFile(path=data)
+    try:
+        write_frames(video, folder, short_side=short_side, quality=95, subsampling="444")
+    except DamagedVideo as error:
+        raise UserError(f"{data} cannot be read as a video: {error}") from None
+    return video.faults
+
+
+def read_index(root: Path, config: Config, source: Source, out: Path, *, labelled: bool) -> Index:
+    """Rank 0 scans, or reads the cached index; the others read what it left in OUT/parts."""
+
+    def read() -> Index:
+        return open_index(
+            root,
+            labelled=labelled,
+            settings=config.data,
+            classes=source.classes if labelled else None,
+            scan=distributed.is_main(),
+            cache_file=out / FOLDER / cache_name(root, labelled=labelled, settings=config.data),
+        )
+
+    return distributed.main_first(read, read)
+
+
+def part_of(index: Index, run: Path, config: Config, part: str) -> tuple[Index, list[str]]:
+    """The videos of the run's training or validation part, and the source of each, by its split.csv."""
+    if part == "val" and config.data.val:
+        return index, sources_by_name(config, index)
+    split = read_split(run / "split.csv", index)
+    videos = split.train if part == "train" else split.val
+    if not len(videos):
+        raise UserError(f"{run / 'split.csv'} has no {part} part: give --data DIR")
+    return index.take(videos), [split.groups[video] for video in videos.tolist()]
+
+
+def sources_by_name(config: Config, index: Index) -> list[str]:
+    """The source of every labelled video, for the interval; empty where names do not tell."""
+    names, labels = list(index.names), index.labels.tolist()
+    if not labels or min(labels) < 0:
+        return [""] * len(names)
+    try:
+        found = find_sources(names, [index.classes[label] for label in labels], config.data)
+    except UserError as error:
+        say(f"every video counts as its own source: {error}")
+        return [""] * len(names)
+    return list(found.groups) if found.grammar != "none" else [""] * len(names)
