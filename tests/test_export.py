@@ -14,9 +14,11 @@ from PIL import Image
 from tests.support import shared
 from tests.test_hf_adapter import tiny
 from vac_ddp import config as settings_io
-from vac_ddp.commands import export_command as export_tool
-from vac_ddp.commands.export_command import compare, export, main
+from vac_ddp.commands.export_command import main
 from vac_ddp.errors import UserError
+from vac_ddp.export import hugging_face, onnx_file
+from vac_ddp.export.comparison import compare
+from vac_ddp.export.run_export import export
 from vac_ddp.files import whole_folder, write_json
 from vac_ddp.models import file_state, load_model
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
@@ -193,7 +195,7 @@ def test_other_models_are_refused_for_hugging_face_and_go_to_onnx(tmp_path, name
     assert json.loads((out / "classes.json").read_text()) == CLASSES
     clips = torch.randn(5, 4, 3, 16, 16)
     model = load_model(ModelSettings(name=name, weights=str(run)), CLIP, CLASSES, seed=0).model.eval()
-    torch.testing.assert_close(export_tool.onnx_logits(out)(clips), model(clips), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(onnx_file.logits_of(out)(clips), model(clips), rtol=1e-4, atol=1e-5)
 
 
 def test_interpolated_positions_are_refused_for_hugging_face(tmp_path):
@@ -283,8 +285,8 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
 
-    write = export_tool._write_hf
-    monkeypatch.setattr(export_tool, "_write_hf", another_eps)
+    write = hugging_face.write_model
+    monkeypatch.setattr(hugging_face, "write_model", another_eps)
     with pytest.raises(RuntimeError, match="logits differ"):
         export(run, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
@@ -294,7 +296,7 @@ def test_other_weights_are_noticed(tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     run = make_run(tmp_path / "run", ModelSettings(name="videomae", **TINY))
-    write = export_tool._write_hf
+    write = hugging_face.write_model
 
     def slip(folder, model, *rest):
         write(folder, model, *rest)
@@ -302,7 +304,7 @@ def test_other_weights_are_noticed(tmp_path, monkeypatch):
         name = next(name for name in state if name.endswith("q_bias") or name.endswith("query.bias"))
         save_file({**state, name: state[name] + 1e-9}, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_tool, "_write_hf", slip)
+    monkeypatch.setattr(hugging_face, "write_model", slip)
     with pytest.raises(RuntimeError, match="other weights"):
         export(run, tmp_path / "out")
 
