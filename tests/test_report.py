@@ -21,6 +21,8 @@ from PIL import Image
 from vac_ddp import config as settings_io
 from vac_ddp.commands import report_command
 from vac_ddp.errors import UserError
+from vac_ddp.report.page import audit_lines
+from vac_ddp.report.pictures import make_strip
 from vac_ddp.results.logits_file import ViewsHead, write_views
 from vac_ddp.scoring.views import view_table
 from vac_ddp.settings import Config, ViewSettings
@@ -169,7 +171,7 @@ def test_figures_are_those_of_the_files(run: Path) -> None:
 
 def test_a_leak_is_a_warning() -> None:
     rows = [["a/1", "a", "s1", "train"], ["a/2", "a", "s1", "val"], ["a/3", "a", "s2", "val"]]
-    (line,) = report_command.audit_lines(rows)
+    (line,) = audit_lines(rows)
     assert line.startswith("warning: 1 of 2 validation videos (50.0 %)")
     assert line.endswith("First: a/2")
 
@@ -192,9 +194,9 @@ def test_strips_leave_out_what_does_not_decode() -> None:
     buffer = io.BytesIO()
     Image.new("L", (10, 20), 7).save(buffer, "PNG")
     good = buffer.getvalue()
-    strip = report_command.make_strip([good, b"", good[:30], good])
+    strip = make_strip([good, b"", good[:30], good])
     assert Image.open(io.BytesIO(strip)).size == (2 * 48 + 2, 96)
-    assert report_command.make_strip([b"", b"none"]) is None
+    assert make_strip([b"", b"none"]) is None
 
 
 CHECK = """<script>

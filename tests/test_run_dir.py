@@ -16,8 +16,8 @@ import pytest
 from tests.runs import Workplace
 from vac_ddp import train
 from vac_ddp.arguments import parse_settings
-from vac_ddp.commands import runs_command
 from vac_ddp.errors import UserError
+from vac_ddp.report import run_reader
 from vac_ddp.runtime import lock
 from vac_ddp.settings import RunSettings
 from vac_ddp.training import run_directory
@@ -170,7 +170,7 @@ def test_results_without_checkpoints_are_not_started_over(place: Workplace) -> N
 def test_discarded_runs_are_not_listed(place: Workplace, tmp_path: Path) -> None:
     for name in ("a", "a.discarded-20260101-000000"):
         shutil.copytree(place.folder / "finished", tmp_path / name)
-    assert runs_command.find_runs(tmp_path) == [tmp_path / "a"]
+    assert run_reader.find_runs(tmp_path) == [tmp_path / "a"]
 
 
 def test_a_run_that_goes_on_in_a_debug_directory_is_no_debug_run(place: Workplace) -> None:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from vac_ddp import cli, config
-from vac_ddp.commands import plot_command, runs_command
+from vac_ddp.commands import plot_command
+from vac_ddp.report import run_reader
 from vac_ddp.runtime.lock import RunLock
 from vac_ddp.settings import Config
 
@@ -69,14 +70,14 @@ def test_table_has_state_best_and_what_differs(folder: Path, capsys: pytest.Capt
 def test_a_run_that_is_held_is_running(folder: Path) -> None:
     lock = RunLock(folder / "a")
     lock.take()
-    assert runs_command.read_run(folder / "a", "a").state == "running"
+    assert run_reader.read_run(folder / "a", "a").state == "running"
     lock.release()
-    assert runs_command.read_run(folder / "a", "a").state == "done"
+    assert run_reader.read_run(folder / "a", "a").state == "done"
     with subprocess.Popen([sys.executable, "-c", "pass"]) as gone:
         gone.wait()
     dead = {"host": os.uname().nodename, "pid": gone.pid, "started": "1"}
     (folder / "a" / "run.lock").write_text(json.dumps(dead))
-    assert runs_command.read_run(folder / "a", "a").state == "done"
+    assert run_reader.read_run(folder / "a", "a").state == "done"
     assert (folder / "a" / "run.lock").exists()  # looking changes nothing
 
 

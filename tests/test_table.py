@@ -38,7 +38,7 @@ def test_seeds_of_one_setting_are_one_line(tmp_path: Path, capsys: pytest.Captur
         make_run(tmp_path / f"{rate}-{seed}", [0.1, None, value, 0.2], rate=rate, seed=seed)
         for (rate, seed), value in best.items()
     ]
-    made = table_command.lines(runs)
+    made = table_command.lines([table_command.read_result(run) for run in runs])
     assert [line.words for line in made] == [("optim.lr=0.001",), ("optim.lr=0.0005",)]
     assert [line.top1 for line in made] == [(0.5, 0.7), (0.25, 0.25)]
     assert [line.loss for line in made] == [pytest.approx((0.5, 0.3)), (0.75, 0.75)]

@@ -229,6 +229,17 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def from_dict(values: dict[str, Any], *, where: str) -> Config:
     """Settings from what `to_dict` made; UserError, naming `where`, for what is none of them or of another type."""
     config = Config()

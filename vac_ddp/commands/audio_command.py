@@ -29,12 +29,12 @@ from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.split import Split, make_split, read_split
 from vac_ddp.errors import Findings, UserError, reason
 from vac_ddp.files import sha256, write_atomic
+from vac_ddp.report.run_reader import read_classes
 from vac_ddp.results import averaging, evaluation
 from vac_ddp.results.logits_file import NAME as VIEWS
 from vac_ddp.results.logits_file import ViewsHead, read_views, write_views
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
-from vac_ddp.training.run_directory import read_classes
 from vac_ddp.version import VERSION
 
 WEIGHTS = "audio.pt"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from vac_ddp.arguments import ArgumentParser
 from vac_ddp.commands.items import each
 from vac_ddp.errors import DONE, FINDINGS, UserError
-from vac_ddp.files import write_atomic
+from vac_ddp.files import write_bytes
 from vac_ddp.report import plots
-from vac_ddp.report.lines import MetricsLine, read_metrics
+from vac_ddp.report.lines import METRICS, MetricsLine, read_metrics
 
 ABOUT = "Draw loss, accuracy, learning rate and speed of several runs side by side."
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Read the runs and write the picture; returns the exit status: 3 where a run was left out."""
     parser = ArgumentParser(prog="vac plot", description=ABOUT)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
@@ -25,11 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: a name that ends in .png")
     paths = named(options.runs)
-    read, problems = each(paths, lambda name: (name, read_curves(Path(paths[name]))))
-    if not read:
+    curves, problems = each(paths, lambda name: (name, read_curves(Path(paths[name]))))
+    if not curves:
         raise UserError(problems[0])
-    picture = plots.compare(dict(read))
-    write_atomic(out, lambda stream: stream.write(picture))
+    write_bytes(out, plots.compare(dict(curves)))
     print("\n".join([f"curves  {out}", *problems]))
     return FINDINGS if problems else DONE
 
@@ -44,17 +42,8 @@ def named(runs: list[str]) -> dict[str, str]:
 
 
 def read_curves(run: Path) -> list[MetricsLine]:
-    """The lines of metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run} is no run directory: it has no metrics.jsonl")
+    """The lines of metrics.jsonl that have curves."""
     lines = [line for line in read_metrics(run) if line["kind"] in ("train", "epoch")]
     if not lines:
-        raise UserError(f"{path} has no figures yet: wait for the first {run.name} writes, or leave it out")
+        raise UserError(f"{run / METRICS} has no figures yet: wait for the first {run.name} writes, or leave it out")
     return lines
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

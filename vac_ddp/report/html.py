@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,8 +103,8 @@ class Facts:
     folder: str
     written: str
     versions: str
-    epochs: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
+    epochs: Sequence[Mapping[str, Any]]
+    steps: Sequence[Mapping[str, Any]]
     events: list[str]
     classes: list[str]
     train_counts: list[int]

@@ -16,7 +16,7 @@ from vac_ddp.text import encoded
 METRICS = "metrics.jsonl"
 
 
-Figure = NotRequired[float | None]  # null: it was not finite
+Figure = float | None  # null: it was not finite
 
 
 class MetricsLine(TypedDict):
@@ -25,41 +25,43 @@ class MetricsLine(TypedDict):
     kind: str
     step: Count
     epoch: NotRequired[Count]
-    lr: Figure
-    loss: Figure
-    accuracy: Figure
-    grad_norm: Figure
-    train_loss: Figure
-    train_accuracy: Figure
-    val_top1: Figure
-    val_loss: Figure
-    clips_per_s: Figure
-    data_wait: Figure
-    mfu: Figure
-    memory_gib: Figure
+    lr: NotRequired[Figure]
+    loss: NotRequired[Figure]
+    accuracy: NotRequired[Figure]
+    grad_norm: NotRequired[Figure]
+    train_loss: NotRequired[Figure]
+    train_accuracy: NotRequired[Figure]
+    val_top1: NotRequired[Figure]
+    val_loss: NotRequired[Figure]
+    clips_per_s: NotRequired[Figure]
+    data_wait: NotRequired[Figure]
+    mfu: NotRequired[Figure]
+    memory_gib: NotRequired[Figure]
     # seconds, in the lines of the kind "speed"
-    training: Figure
-    wait: Figure
-    prepare: Figure
-    forward: Figure
-    backward: Figure
-    optimizer: Figure
-    validation: Figure
-    saving: Figure
+    training: NotRequired[Figure]
+    wait: NotRequired[Figure]
+    prepare: NotRequired[Figure]
+    forward: NotRequired[Figure]
+    backward: NotRequired[Figure]
+    optimizer: NotRequired[Figure]
+    validation: NotRequired[Figure]
+    saving: NotRequired[Figure]
 
 
-class EpochLine(MetricsLine):
-    """A line of the kind "epoch"."""
+class EpochLine(TypedDict):
+    """What a line of the kind "epoch" has besides."""
 
     epoch: Count
 
 
 def read_metrics(run: Path) -> list[MetricsLine]:
-    """The lines of a run's metrics.jsonl; FileNotFoundError without one, UserError for a line that is damaged.
+    """The lines of a run's metrics.jsonl; UserError without one, or for a line that is damaged.
 
     A last line that a crash cut off is left out.
     """
     path = run / METRICS
+    if not path.is_file():
+        raise UserError(f"{run} is no run directory: it has no {METRICS}")
     found = []
     for number, text in json_lines(path):
         line, problem = metrics_line(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ STYLE = {
 }
 
 
-def curves(epochs: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> bytes:
+def curves(epochs: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> bytes:
     """Loss and accuracy over epochs, learning rate and gradient norm over steps: four small plots."""
     with _style():
         figure, ((loss, accuracy), (rate, norm)) = _figure(9.6, 5.6, 2, 2)
@@ -71,7 +71,7 @@ COMPARED = (
 )
 
 
-def compare(runs: dict[str, Sequence[dict[str, Any]]]) -> bytes:
+def compare(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Curves of several runs side by side as PNG, over epochs and steps.
 
     runs: by the name that is shown, the lines of metrics.jsonl. A run keeps its colour and line in every plot.
@@ -98,7 +98,7 @@ def compare(runs: dict[str, Sequence[dict[str, Any]]]) -> bytes:
         return png(figure)
 
 
-def throughput(steps: Sequence[dict[str, Any]]) -> bytes:
+def throughput(steps: Sequence[Mapping[str, Any]]) -> bytes:
     """Clips a second, and the share of the time in which rank 0 waited for data, over steps; utilisation if known."""
     with _style():
         figure, (speed, wait) = _figure(9.6, 2.6, 1, 2)

@@ -95,7 +95,7 @@ class Tracker:
             self.say(f"{self._metrics.path}: {news}")
         row = _numbers(kind, figures)
         if self._wandb is not None:
-            self._to_wandb(lambda: self._wandb.log(row | {"step": step}))
+            self._log_row(row, step)
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
@@ -110,7 +110,8 @@ class Tracker:
             return 0
         path = self.folder / "metrics.jsonl"
         self._metrics.close()
-        kept, behind = [], []
+        kept: list[str] = []
+        behind: list[str] = []
         for number, text in json_lines(path):
             line, problem = metrics_line(text)
             if line is None:
@@ -198,7 +199,10 @@ class Tracker:
         write_json(told, {"id": self.wandb_id, "lines": sure})
         for line in lines[sure:]:
             row = _numbers(line["kind"], {k: v for k, v in line.items() if k not in ("kind", "step")})
-            self._to_wandb(lambda row=row, step=line["step"]: self._wandb.log(row | {"step": step}))
+            self._log_row(row, line["step"])
+
+    def _log_row(self, row: dict[str, float], step: int) -> None:
+        self._to_wandb(lambda: self._wandb.log(row | {"step": step}))
 
     def picture(self, name: str, image: Image, step: int, caption: str = "") -> None:
         """Show a picture in W&B and TensorBoard."""

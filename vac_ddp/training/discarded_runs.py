@@ -15,9 +15,9 @@ from typing import Any, NotRequired, TypedDict
 
 from vac_ddp import files
 from vac_ddp.errors import UserError
+from vac_ddp.report.run_reader import DISCARDED as MARK
 from vac_ddp.schema import read_json
 
-MARK = ".discarded-"
 RECORD = "start.json"
 FORMAT = 1
 LOCK = "run.lock"

@@ -75,7 +75,7 @@ class Job:
     def _report(self) -> None:
         """Write report.html. A run that is done is done: what goes wrong here is one line."""
         try:
-            from vac_ddp.commands.report_command import write_report
+            from vac_ddp.report.page import write_report
             from vac_ddp.report.pictures import show_pictures
 
             kept = self.folder / VALIDATION

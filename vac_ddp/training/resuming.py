@@ -11,6 +11,7 @@ from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.models import Loaded, load_model, rebuild_model
 from vac_ddp.models.torch_file import read_torch
+from vac_ddp.report.run_reader import read_classes
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.text import printable
@@ -44,7 +45,7 @@ def check(resumed: Resumed, data: Data) -> None:
         home = run_directory.run_of(resumed.source)
         if home is None or not (home / "classes.json").exists():
             return
-        if run_directory.read_classes(home) != [printable(name) for name in data.classes]:
+        if read_classes(home) != [printable(name) for name in data.classes]:
             raise UserError(
                 f"{resumed.source} cannot be resumed with this data: classes: {home / 'classes.json'} has others"
             )

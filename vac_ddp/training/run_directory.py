@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vac_ddp import files, schema
+from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.runtime.lock import RunLock
 from vac_ddp.runtime.ranks import restarts
 from vac_ddp.settings import RunSettings
-from vac_ddp.text import printable
 from vac_ddp.training import checkpoint, discarded_runs, same_run
 from vac_ddp.training.checkpoint_content import check_content
 
@@ -52,8 +51,6 @@ RESULTS = ("predictions", "report.html")
 # What a run keeps that was killed before its first checkpoint: its log, its name for W&B, what it overwrote.
 KEPT = ("log.txt", "wandb_id", "debug_run.txt", discarded_runs.RECORD)
 DEBUG_NOTE = "Made by --debug. The next --debug run in this directory replaces it.\n"
-
-_OF_THE_BEST = 'write it again from best_<model>.pt, whose "classes" are the same list'
 
 
 @dataclass(kw_only=True)
@@ -306,15 +303,3 @@ def check_space(folder: Path, needed: int) -> None:
         if not kept:
             raise
         raise UserError(f"{error}; the run that is overwritten is kept until the first checkpoint") from None
-
-
-def read_classes(folder: Path) -> list[str]:
-    """The class names in classes.json of a run, in the order of the logits. UserError where they are damaged."""
-    path = folder / "classes.json"
-    try:
-        classes = [printable(name) for name in schema.read_json(path, list[str], remedy=_OF_THE_BEST)]
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no run directory: it has no {path.name}") from None
-    if not classes or len(set(classes)) < len(classes):
-        raise schema.mismatch(path, "", "different class names", schema.shown(classes), _OF_THE_BEST)
-    return classes

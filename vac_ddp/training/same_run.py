@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vac_ddp.config import was_removed
+from vac_ddp.config import flat, was_removed
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 
@@ -44,17 +44,6 @@ HASHED = {
     "split": "a video was added, removed or moved between training and validation (split.csv, data.train, data.val)",
     "frames": "videos have another number of frames",
 }
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def hash_settings(values: dict[str, Any]) -> str:
