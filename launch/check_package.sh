@@ -65,5 +65,5 @@ if [ $# -gt 0 ]; then
     "$python" -m pytest -q -m "not fault and not docs and not slurm and not gpu" tests/test_distributed.py \
         tests/test_engine.py tests/test_optim.py tests/test_schedule.py tests/test_sampler.py tests/test_dataset.py \
         tests/test_augment.py tests/test_mixing.py tests/test_videomae.py tests/test_metrics.py tests/test_train.py \
-        tests/test_launchers.py
+        tests/test_launchers.py tests/test_torch_compat.py
 fi

@@ -25,6 +25,7 @@ from vac_ddp.data.decode import (
     plain_jpeg_size,
 )
 from vac_ddp.errors import reason
+from vac_ddp.runtime.torch_compat import resize_into
 
 _Made = TypeVar("_Made")
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -48,8 +49,7 @@ def resize_crop(frames: torch.Tensor, box: Box, out: torch.Tensor) -> None:
     """
     top, left, height, width = box
     pixels = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
-    # What F.interpolate(..., mode="bilinear", antialias=True) calls, but straight into its place: no copy behind it.
-    torch.ops.aten._upsample_bilinear2d_aa.out(pixels, out.shape[1:3], False, out=out.permute(0, 3, 1, 2))
+    resize_into(pixels, out.permute(0, 3, 1, 2))
 
 
 def view_boxes(height: int, width: int, *, size: int, short_side: int, crops: int) -> list[Box]:

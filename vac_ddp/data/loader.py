@@ -23,6 +23,7 @@ from vac_ddp.data.sampler import StepSampler
 from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
 from vac_ddp.runtime.parent import signal_when_parent_dies
+from vac_ddp.runtime.torch_compat import end_workers
 from vac_ddp.settings import ClipSettings
 
 NAMED = 50  # videos with damaged frames that a rank names one by one
@@ -162,9 +163,7 @@ class Loader:
 
 def _shut_down(running: list[Any]) -> None:
     while running:
-        end = getattr(running.pop(), "_shutdown_workers", None)
-        if end is not None:
-            end()
+        end_workers(running.pop())
 
 
 class _Told(Dataset[Any]):

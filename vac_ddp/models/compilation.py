@@ -11,6 +11,7 @@ from torch import Tensor
 from vac_ddp.errors import UserError
 from vac_ddp.models.precision import autocast
 from vac_ddp.models.video_model import VideoModel
+from vac_ddp.runtime.torch_compat import uncompile
 from vac_ddp.settings import ClipSettings
 
 
@@ -46,8 +47,7 @@ def compile_if_it_works(
         return True
     if wanted:
         raise UserError(f"{setting}=true, but the blocks cannot be compiled ({reasons[0]}); set {setting}=false")
-    for module in model.modules():
-        module._compiled_call_impl = None
+    uncompile(model)
     say(f"compile off: {reasons[0]}")
     return False
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from vac_ddp.errors import USER_ERROR, Cause, UserError, exit_status, plain
+from vac_ddp.runtime import torch_compat
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.parent import signal_when_parent_dies
 from vac_ddp.runtime.ranks import is_main, local_rank, rank, under_torchrun, world_size
@@ -113,17 +114,16 @@ def set_timeout(timeout_s: float, group: dist.ProcessGroup | None = None) -> Non
         return
     group = group or dist.group.WORLD
     assert group is not None, "active"
-    for device in group._device_types:  # torch's own set_timeout gives all backends of a group the same
-        backend = group._get_backend(device)
+    for backend in torch_compat.backends(group):
         longer = NCCL_LONGER_S if dist.is_nccl_available() and isinstance(backend, dist.ProcessGroupNCCL) else 0.0
-        backend._set_default_timeout(datetime.timedelta(seconds=timeout_s + longer))
+        torch_compat.set_backend_timeout(backend, datetime.timedelta(seconds=timeout_s + longer))
 
 
 def side_store(prefix: str) -> Any:
     """A connection of its own to the store of the process group, safe to use from a thread; None without a group."""
     if not active():
         return None
-    return dist.PrefixStore(f"vac_ddp/{prefix}", dist.distributed_c10d._get_default_store().clone())
+    return dist.PrefixStore(f"vac_ddp/{prefix}", torch_compat.default_store().clone())
 
 
 def report_cause(cause: Cause) -> Cause:

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from vac_ddp.runtime.torch_compat import move_towards
+
 
 class Ema:
     """Exponential moving average of a model's parameters; buffers are copied.
@@ -25,9 +27,6 @@ class Ema:
         share: torch.Tensor | float = 1.0 - min(self.decay, (1 + step) / (10 + step))
         if found_inf is not None:
             share = share * (1.0 - found_inf)
-        mean = list(self.module.parameters())
-        difference = torch._foreach_sub(list(model.parameters()), mean)
-        torch._foreach_mul_(difference, share)
-        torch._foreach_add_(mean, difference)
+        move_towards(list(self.module.parameters()), list(model.parameters()), share)
         for kept, current in zip(self.module.buffers(), model.buffers(), strict=True):
             kept.copy_(current)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from vac_ddp.models.build import architecture_of
 from vac_ddp.models.compilation import compile_if_it_works, train_pass
 from vac_ddp.models.precision import AUTOCAST, precision_of, run_precision
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.torch_compat import no_buffer_broadcast
 from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint
 from vac_ddp.training.checkpoint_content import check_fits
@@ -122,13 +122,11 @@ def make_stepper(
 def _wrap(model: torch.nn.Module, config: Config, device: torch.device) -> torch.nn.Module:
     if not distributed.active():
         return model
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
     network = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{buffers: False},
+        **no_buffer_broadcast(),
     )
     if config.train.bf16_reduce:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks

@@ -23,6 +23,7 @@ from vac_ddp.data.mixing import mix, soft_targets
 from vac_ddp.models import VideoModel
 from vac_ddp.models.precision import autocast
 from vac_ddp.runtime.monitor import PROCESS
+from vac_ddp.runtime.torch_compat import skip_where
 from vac_ddp.settings import Config
 from vac_ddp.training.ema import Ema
 from vac_ddp.training.optimization import set_lr
@@ -221,8 +222,7 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.config.optim.fused:
-            inner = getattr(self.optimizer, "optim", self.optimizer)  # ZeRO keeps the optimizer of its shard there
-            inner.found_inf, inner.grad_scale = record.found_inf, None
+            skip_where(self.optimizer, record.found_inf)
             self.optimizer.step()
         elif not bool(record.found_inf):
             self.optimizer.step()
