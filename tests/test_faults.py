@@ -28,7 +28,7 @@ from vac_ddp.models import load_model
 from vac_ddp.runtime.lock import RunLock
 from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint
-from vac_ddp.training.health import check_labels
+from vac_ddp.training.data_setup import check_labels
 
 pytestmark = [pytest.mark.fault, pytest.mark.distributed]
 

@@ -18,18 +18,21 @@ def train(argv: list[str]) -> dict[str, Any] | None:
 
     command = parse_settings(argv, program="vac_ddp.train", about=ABOUT)
     from vac_ddp.runtime import distributed  # torch: only once the settings are known to be good
-    from vac_ddp.training import data_setup, job, model_setup
+    from vac_ddp.training.data_setup import debug_data
+    from vac_ddp.training.finish import finish
+    from vac_ddp.training.objective import check_settings
+    from vac_ddp.training.trainer import open_trainer
 
-    model_setup.check_grammar(command.config)
+    check_settings(command.config)
     if command.debug:
         _check_debug_directory(Path(command.config.run.dir))
     device = distributed.start(timeout_s=command.config.health.start_timeout_s)
     if command.debug:
-        data_setup.debug_data(command.config, command.given)
-    with job.open_job(command.config, device, debug=command.debug, notes=command.notes) as opened:
-        opened.loop.run()
-        opened.finish(report=not command.debug)
-        return opened.facts()
+        debug_data(command.config, command.given)
+    with open_trainer(command.config, device, debug=command.debug, notes=command.notes) as trainer:
+        trainer.run()
+        finish(trainer, report=not command.debug)
+        return {"run": str(trainer.session.folder), "step": trainer.position.step}
 
 
 def _check_debug_directory(folder: Path) -> None:

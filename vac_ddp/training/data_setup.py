@@ -17,7 +17,6 @@ from vac_ddp.data.split import Split, make_split, read_split, write_split
 from vac_ddp.errors import UserError
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
-from vac_ddp.training import health
 
 
 @dataclass(kw_only=True)
@@ -59,12 +58,22 @@ def read_data(config: Config, folder: Path, *, resumed: bool, say: Callable[[str
     if len(data.classes) < 2:
         raise UserError(f"{config.data.train} has a single class ({data.classes[0]}): there is nothing to tell apart")
     for index in (data.index, data.val_index):
-        health.check_labels(torch.from_numpy(np.asarray(index.labels)), len(data.classes), list(index.names))
+        check_labels(torch.from_numpy(np.asarray(index.labels)), len(data.classes), list(index.names))
     for note in [*data.index.notes, *data.split.notes]:
         say(note)
     parts = f"{len(data.split.train)} videos to train on, {len(data.split.val)} to validate"
     say(f"data: {len(data.classes)} classes, {parts}")
     return data
+
+
+def check_labels(labels: torch.Tensor, num_classes: int, names: list[str]) -> None:
+    """UserError that names the first video whose label is not a class."""
+    bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{names[bad[0]]} has the label {int(labels[bad[0]])}, classes are 0 to {num_classes - 1}"
+            + (f" ({len(bad)} such videos)" if len(bad) > 1 else "")
+        )
 
 
 def data_hashes(data: Data) -> dict[str, str]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vac_ddp.errors import UserError
 from vac_ddp.runtime import distributed
 from vac_ddp.training.step import StepRecord, phases, seconds_between
 
@@ -110,14 +109,4 @@ def check_same_weights(model: nn.Module, step: int) -> None:
         raise RuntimeError(
             f"the weights of ranks {', '.join(map(str, odd))} differ from rank 0's at step {step}: "
             "this must not happen; go on from an earlier checkpoint and report it"
-        )
-
-
-def check_labels(labels: torch.Tensor, num_classes: int, names: list[str]) -> None:
-    """UserError that names the first video whose label is not a class."""
-    bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"{names[bad[0]]} has the label {int(labels[bad[0]])}, classes are 0 to {num_classes - 1}"
-            + (f" ({len(bad)} such videos)" if len(bad) > 1 else "")
         )

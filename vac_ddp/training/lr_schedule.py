@@ -1,13 +1,58 @@
-"""The learning rate of a step: pure functions, nothing to save and nothing to restore."""
+"""The learning rate of a step: a pure function of its number, nothing to save and nothing to restore."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from vac_ddp.errors import UserError
-from vac_ddp.settings import OptimSettings
+from vac_ddp.settings import Config, OptimSettings
 
 RECIPE_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The length of a run in optimizer steps, and the learning rate of each."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak: float
+    minimum: float
+    warmup_start: float
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that begin; the last may be cut short."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step `step` (from 0), before a group's `lr_scale`."""
+        return learning_rate(
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            peak=self.peak,
+            minimum=self.minimum,
+            warmup_start=self.warmup_start,
+        )
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """The schedule of the settings: train.epochs, or train.max_steps where that is less."""
+    total = steps_per_epoch * config.train.epochs
+    if config.train.max_steps is not None:
+        total = min(total, config.train.max_steps)
+    peak, minimum, warmup_start = resolve_lr(config.optim, config.train.global_batch, config.augment.repeats)
+    return Schedule(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        warmup_steps=count_warmup_steps(config.optim.warmup_epochs, epochs=config.train.epochs, total_steps=total),
+        peak=peak,
+        minimum=minimum,
+        warmup_start=warmup_start,
+    )
 
 
 def learning_rate(

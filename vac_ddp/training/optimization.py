@@ -10,6 +10,7 @@ from torch import nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import VideoModel
+from vac_ddp.runtime.data_parallel import sharded_adamw
 from vac_ddp.settings import OptimSettings
 
 Group = dict[str, Any]
@@ -116,12 +117,7 @@ def make_optimizer(groups: list[Group], settings: OptimSettings, *, lr: float) -
         "eps": settings.eps,
         "fused": settings.fused,
     }
-    if settings.shard and torch.distributed.is_initialized():
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    else:
-        optimizer = torch.optim.AdamW(groups, **options)
+    optimizer = sharded_adamw(groups, **options) if settings.shard else torch.optim.AdamW(groups, **options)
     set_lr(optimizer, lr)
     return optimizer
 

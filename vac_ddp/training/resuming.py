@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.models import Loaded, load_model, rebuild_model
 from vac_ddp.models.torch_file import read_torch
 from vac_ddp.report.run_reader import read_classes
+from vac_ddp.models import VideoModel
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.text import printable
-from vac_ddp.training import run_directory, same_run
+from vac_ddp.training import checkpoint, run_directory, same_run
 from vac_ddp.training.best_weights import BestFile, is_file
+from vac_ddp.training.checkpoint_content import check_fits
 from vac_ddp.training.data_setup import Data, data_hashes
-from vac_ddp.training.loop import Loop
-from vac_ddp.training.model_setup import Resumed
+from vac_ddp.training.optimization import Group
+from vac_ddp.training.saving import Saver
 
 # Of the run that a checkpoint lies in, for a new directory.
 COPIED = ("load_report.json",)
+
+
+@dataclass(kw_only=True)
+class Resumed:
+    """What a run goes on from: the state on rank 0, the facts on every rank; both None in a new run."""
+
+    state: dict[str, Any] | None
+    facts: dict[str, Any] | None
+    source: Path | None
+
+    @property
+    def yes(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.facts is not None
+
+    def part(self, name: str) -> Any:
+        """A part of the state, on rank 0."""
+        return self.state[name] if self.state is not None else None
+
+    def check_fits(self, model: VideoModel, groups: list[Group], *, averaged: bool) -> None:
+        """UserError, on every rank, where the state is not of `model` and the optimizer's `groups`."""
+        distributed.main_first(
+            lambda: check_fits(self.state, self.source or Path(), model, groups, averaged=averaged), lambda: None
+        )
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+        """Give every rank rank 0's state of the optimizer; each keeps its share where it is sharded."""
+        saved, scale = distributed.broadcast_object((self.part("optimizer"), self.part("scaler")))
+        optimizer.load_state_dict(checkpoint.snapshot(saved))  # ZeRO changes its argument
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
 
 
 def load(config: Config, data: Data, resumed: Resumed) -> Loaded:
@@ -53,29 +89,41 @@ def check(resumed: Resumed, data: Data) -> None:
     distributed.main_first(compare, lambda: None)
 
 
-def resume_loop(loop: Loop, resumed: Resumed, run: run_directory.OpenRun | None) -> None:
-    """Give the loop its place back, and say which of the two promises about the rest of the run holds."""
-    facts, now, say = resumed.facts, loop.saver.facts, loop.tracker.say
-    assert facts is not None, "only for a resumed run"
-    if facts["total_steps"] != now["total_steps"]:
+def settle(
+    resumed: Resumed, saver: Saver, run: run_directory.OpenRun | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The state of a checkpoint but for its tensors, on every rank, with the best weights that belong to it in place.
+
+    The run begins here. UserError where it would have another length.
+    """
+    assert resumed.facts is not None, "only for a resumed run"
+    before, now = resumed.facts["total_steps"], saver.facts["total_steps"]
+    if before != now:
         raise UserError(
-            f"the run had {facts['total_steps']} steps and would have {now['total_steps']} now: "
-            "the data or the length changed; start a new run.dir"
+            f"the run had {before} steps and would have {now} now: the data or the length changed; start a new run.dir"
         )
     rest = None
     if run is not None and resumed.state is not None and resumed.source is not None:
         run.begin(say)
         rest = {k: v for k, v in resumed.state.items() if k not in ("model", "ema", "optimizer", "scaler")}
-        rest["stopping"] = settle_best(loop.saver.best, resumed.source, facts, rest["stopping"], say)
-    loop.restore(distributed.broadcast_object(rest))
-    where = loop.position
-    moved = loop.tracker.rewind(where.step, where.epoch - int(where.validation_due))
+        rest["stopping"] = settle_best(saver.best, resumed.source, resumed.facts, rest["stopping"], say)
+    settled: dict[str, Any] = distributed.broadcast_object(rest)
+    return settled
+
+
+def promised(resumed: Resumed, now: Mapping[str, Any], step: int, moved: int) -> list[str]:
+    """Lines on where a run resumes, and which of the two promises about the rest of it holds.
+
+    now: facts of its next checkpoints; moved: lines of metrics.jsonl behind `step`.
+    """
+    facts, source, lines = resumed.facts, resumed.source, []
+    assert facts is not None, "only for a resumed run"
     if unsaid := same_run.unsaid(facts):
-        say(f"{resumed.source} is of an earlier version and does not say: {', '.join(unsaid)}; taken as they are now")
-    promised = same_run.promise(facts, now)
-    say(f"resumed at step {loop.position.step} of {loop.total_steps} from {resumed.source}: {promised}")
+        lines.append(f"{source} is of an earlier version and does not say: {', '.join(unsaid)}; taken as they are now")
+    lines.append(f"resumed at step {step} of {now['total_steps']} from {source}: {same_run.promise(facts, now)}")
     if moved:
-        say(f"{moved} lines behind step {loop.position.step} moved to metrics.discarded.jsonl")
+        lines.append(f"{moved} lines behind step {step} moved to metrics.discarded.jsonl")
+    return lines
 
 
 def settle_best(

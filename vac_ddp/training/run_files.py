@@ -11,48 +11,48 @@ import numpy as np
 
 from vac_ddp import config as settings_io
 from vac_ddp import files
-from vac_ddp.models import Loaded, file_state
-from vac_ddp.report.tracker import Tracker
+from vac_ddp.models import file_state
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint, run_directory
 from vac_ddp.training.best_weights import BestFile
-from vac_ddp.training.data_setup import Data, data_hashes
-from vac_ddp.training.progress import Validation
+from vac_ddp.training.data_setup import data_hashes
+from vac_ddp.training.objective import Classification
+from vac_ddp.training.resuming import copy_report
 from vac_ddp.training.same_run import hash_settings
 from vac_ddp.training.saving import Saver
+from vac_ddp.training.session import Session
 from vac_ddp.training.step import Stepper
 from vac_ddp.version import VERSION
 
 FORMAT = 1  # of config.yaml (in its first line) and load_report.json
 # Bytes a parameter takes in a checkpoint: weights and two moments in float32; an average is one more.
 BYTES_A_PARAMETER = 12
+# The logits of the best weights for every validation video, as a views file.
+VALIDATION = "validation.npz"
 METADATA = ("config.yaml", "classes.json", "split.csv", "load_report.json")
 
 
 def make_saver(
-    config: Config,
-    run: run_directory.OpenRun | None,
-    data: Data,
-    loaded: Loaded,
-    stepper: Stepper,
-    total_steps: int,
-    tracker: Tracker,
+    config: Config, session: Session, objective: Classification, stepper: Stepper, total_steps: int
 ) -> Saver:
     """What writes the checkpoints and best weights of a run, and all that its checkpoints say beside the state."""
-    folder, keep = Path(config.run.dir), config.checkpoint.keep
+    folder, run, settings = session.folder, session.run, settings_io.to_dict(config)
+    writer = None
+    if run is not None:
+        writer = checkpoint.Writer(folder / "checkpoints", config.checkpoint.keep, discarded=run.discarded)
     return Saver(
         folder=folder,
-        writer=checkpoint.Writer(folder / "checkpoints", keep, discarded=run.discarded) if run is not None else None,
+        writer=writer,
         best=BestFile(folder / f"best_{config.model.name}.pt"),
         facts={
             **checkpoint.environment_facts(),
             "vac_ddp": VERSION,
             "device": " + ".join(sorted(set(distributed.all_gather_objects(checkpoint.device_name())))),
-            "config": settings_io.to_dict(config),
-            "hashes": {**data_hashes(data), "settings": hash_settings(settings_io.to_dict(config))},
-            "architecture": loaded.architecture,
-            "head": loaded.report.head,
+            "config": settings,
+            "hashes": {**data_hashes(objective.data), "settings": hash_settings(settings)},
+            "architecture": objective.loaded.architecture,
+            "head": objective.loaded.report.head,
             "precision": stepper.precision,
             "compile": stepper.compiled,
             "shard": config.optim.shard,
@@ -61,31 +61,22 @@ def make_saver(
             "total_steps": total_steps,
         },
         on_failure=config.checkpoint.on_failure,
-        say=tracker.say,
+        say=session.tracker.say,
     )
 
 
 def best_content(
-    config: Config,
-    data: Data,
-    loaded: Loaded,
-    stepper: Stepper,
-    validation: Validation | None,
-    keep: Callable[[Validation], None],
+    config: Config, objective: Classification, stepper: Stepper, figures: dict[str, float]
 ) -> dict[str, Any]:
-    """What best_<model>.pt holds: plain types and tensors, readable with weights_only=True.
-
-    keep: what else is done with a validation that was the best so far.
-    """
-    if validation is not None:
-        keep(validation)
+    """What best_<model>.pt holds: plain types and tensors, readable with weights_only=True. figures: of validation."""
+    data = objective.data
     counts = np.bincount(data.index.labels[data.split.train], minlength=len(data.classes))
     return {
         "model": file_state(stepper.eval_model),
         "classes": list(data.classes),
         "config": settings_io.to_dict(config),
-        "metrics": dict(validation.figures) if validation is not None else {},
-        "architecture": loaded.architecture,
+        "metrics": dict(figures),
+        "architecture": objective.loaded.architecture,
         "precision": stepper.precision,
         "class_counts": counts.tolist(),
     }
@@ -99,18 +90,22 @@ def check_space(config: Config, stepper: Stepper) -> None:
     run_directory.check_space(Path(config.run.dir), copies * size)
 
 
-def write_metadata(config: Config, data: Data, loaded: Loaded, facts: dict[str, Any]) -> dict[str, bytes]:
+def write_metadata(
+    config: Config, objective: Classification, facts: dict[str, Any], source: Path | None
+) -> dict[str, bytes]:
     """Write the files of `METADATA` that a run directory lacks; the content of all of them. Rank 0 only.
 
-    run.overwrite is not kept: it says how a run was started, not what it is.
+    source: the checkpoint that is resumed. run.overwrite is not kept: it says how a run was started, not what it is.
     """
     folder, started = Path(config.run.dir), dataclasses.replace(config.run, overwrite=False)
+    if source is not None:
+        copy_report(source, folder)
     text = settings_io.to_yaml(dataclasses.replace(config, run=started))
     names = ("architecture", "precision", "device", "torch", "revision", "vac_ddp")
-    report = {"format": FORMAT, **loaded.report.as_dict(), "run": {name: facts[name] for name in names}}
+    report = {"format": FORMAT, **objective.loaded.report.as_dict(), "run": {name: facts[name] for name in names}}
     made: dict[str, Callable[[Path], None]] = {
         "config.yaml": lambda path: files.write_text(path, f"# settings of a run of vac_ddp, format {FORMAT}\n{text}"),
-        "classes.json": lambda path: files.write_json(path, data.classes),
+        "classes.json": lambda path: files.write_json(path, objective.data.classes),
         "load_report.json": lambda path: files.write_json(path, report),
     }
     for name, write in made.items():

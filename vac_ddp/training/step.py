@@ -1,6 +1,6 @@
 """One optimizer step: the same mathematical object for any split of the global batch into ranks and micro-batches.
 
-The loads of the step are there before it begins. The loss is the sum of the samples' losses times world size over the
+The batches of the step are there before it begins. The loss is the sum of the samples' losses times world size over the
 number of samples in the global batch, so that DDP's mean over ranks leaves the mean over samples. Gradients are
 reduced in the last micro-batch; a rank without samples takes part with weight zero.
 """
@@ -11,32 +11,28 @@ import contextlib
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from vac_ddp.data.augment import augment_clips
-from vac_ddp.data.loader import Batch
-from vac_ddp.data.mixing import mix, soft_targets
+from vac_ddp.data.batch import Batch
+from vac_ddp.models.compilation import compile_if_it_works, train_pass
+from vac_ddp.models.precision import AUTOCAST, autocast, run_precision
 from vac_ddp.models import VideoModel
-from vac_ddp.models.precision import autocast
+from vac_ddp.runtime import distributed
+from vac_ddp.runtime.data_parallel import load_state, wrap
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.torch_compat import skip_where
 from vac_ddp.settings import Config
 from vac_ddp.training.ema import Ema
-from vac_ddp.training.optimization import set_lr
-
-
-@dataclass(kw_only=True)
-class Prepared:
-    """A load as the model takes it: clips (B, T, 3, S, S) normalised, targets (B, K), noise (B, n)."""
-
-    clips: torch.Tensor
-    targets: torch.Tensor
-    noise: torch.Tensor
-    samples: torch.Tensor
+from vac_ddp.training.meters import Meters, clip_flops, keep_freed_memory, matmul_rate
+from vac_ddp.training.micro_batch_fit import auto_clips_per_gpu
+from vac_ddp.training.objective import Classification, Prepared
+from vac_ddp.training.optimization import make_groups, make_optimizer, set_lr
+from vac_ddp.training.resuming import Resumed
 
 
 @dataclass(kw_only=True)
@@ -72,62 +68,45 @@ def seconds_between(begin: Any, end: Any) -> float:
 
 @dataclass(kw_only=True)
 class Stepper:
-    """What a step works on. `network` is the DDP module, or the bare `model` in a single process."""
+    """What a step works on. `network` is the DDP module, or the objective's `model` in a single process."""
 
     config: Config
-    model: VideoModel
+    objective: Classification
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     scaler: torch.amp.GradScaler | None
     device: torch.device
-    autocast: torch.dtype | None
     precision: str
     compiled: bool
     clips_per_gpu: int
-    num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    class_weights: torch.Tensor | None
-    world_size: int
     records: deque[StepRecord] = field(default_factory=deque)
     last_end: Any = None  # when the step before ended; None: something else than waiting for data came between
 
     @property
-    def eval_model(self) -> nn.Module:
+    def model(self) -> VideoModel:
+        """The bare model."""
+        return self.objective.model
+
+    @property
+    def eval_model(self) -> VideoModel:
         """The model that is validated and kept: the average of the weights, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def prepare(self, batch: Batch) -> Prepared:
-        """Augment, normalise and mix a load on the device; soft targets."""
-        augment = self.config.augment
-        clips = augment_clips(batch.clips, batch.params, augment, mean=self.mean, std=self.std, dtype=torch.float32)
-        partner = batch.params["partner"].to(self.device, non_blocking=True)
-        if augment.mixup > 0 or augment.cutmix > 0:
-            clips, keep = mix(clips, partner, batch.params)
-        else:
-            keep = torch.ones(len(clips), device=self.device)
-        targets = soft_targets(
-            batch.labels, batch.labels[partner], keep, self.num_classes, self.config.train.label_smoothing
-        )
-        return Prepared(clips=clips, targets=targets, noise=batch.noise, samples=batch.samples)
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type of autocast; None where it is off."""
+        return AUTOCAST[self.precision]
 
-    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of soft targets (B, K), a sample each (B,), weighted by class where weights are set."""
-        terms = targets * torch.log_softmax(logits.float(), dim=1)
-        return -(terms if self.class_weights is None else terms * self.class_weights).sum(1)
-
-    def forward(self, clips: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Logits (B, K) under autocast."""
+    def forward(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The network's output under autocast."""
         with autocast(self.device, self.autocast):
-            return self.network(clips, noise)
+            output: torch.Tensor = self.network(clips, noise)
+        return output
 
     def zero_weight_pass(self) -> torch.Tensor:
-        """Take part in the reduction of gradients with a clip of zeros and weight zero."""
-        clip = self.config.clip
-        clips = torch.zeros(1, clip.frames, 3, clip.size, clip.size, device=self.device)
-        noise = torch.full((1, self.model.noise_size), 0.5, device=self.device)
-        loss = self.forward(clips, noise).float().sum() * 0.0
+        """Take part in the reduction of gradients with a sample of zeros and weight zero."""
+        loss = self.forward(*self.objective.zeros()).float().sum() * 0.0
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def warm_up(self) -> None:
@@ -165,12 +144,12 @@ class Stepper:
         prepared: tuple[int, Prepared] | None = None
         for count, (number, first) in enumerate(pieces, start=1):
             if prepared is None or prepared[0] != number:
-                prepared = (number, self.prepare(batches[number]))
+                prepared = (number, self.objective.prepare(batches[number]))
                 record.marks.append(("prepare", self._now()))
             rows = slice(first, first + self.clips_per_gpu)
             PROCESS.progress()
             with self._reducing(count == len(pieces)):
-                loss = self._forward_piece(prepared[1], rows, record) * (self.world_size / samples)
+                loss = self._forward_piece(prepared[1][rows], record) * (distributed.world_size() / samples)
                 record.marks.append(("forward", self._now()))
                 if count == len(pieces):
                     record.busy = (start, record.marks[-1][1])
@@ -188,14 +167,17 @@ class Stepper:
         record.marks.append(("optimizer", self.last_end))
         self.records.append(record)
 
-    def _forward_piece(self, load: Prepared, rows: slice, record: StepRecord) -> torch.Tensor:
-        targets = load.targets[rows]
-        logits = self.forward(load.clips[rows], load.noise[rows])
-        losses = self.losses(logits, targets)
-        record.samples.append(load.samples[rows])
+    def _forward_piece(self, piece: Prepared, record: StepRecord) -> torch.Tensor:
+        output = self.forward(piece.clips, piece.noise)
+        losses = self.objective.losses(output, piece.targets)
+        record.samples.append(piece.samples)
         record.losses.append(losses.detach())
-        record.correct.append(logits.detach().argmax(1).eq(targets.argmax(1)))
+        record.correct.append(self.objective.correct(output.detach(), piece.targets))
         return losses.sum()
+
+    def counts_last_step(self) -> int:
+        """1 where the schedule goes on. In fp16 a skipped step does not count, and only there is it known at once."""
+        return 1 if self.scaler is None else int(not bool(self.records[-1].found_inf))
 
     def _reducing(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or self.network is self.model:
@@ -229,3 +211,59 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, record.step, record.found_inf)
+
+
+def make_stepper(
+    config: Config, objective: Classification, resumed: Resumed, device: torch.device, say: Callable[[str], None]
+) -> tuple[Stepper, Meters]:
+    """The objective's model compiled and wrapped as set, with EMA, optimizer and scaler; restored if resumed."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    model, precision = objective.model, run_precision(config, device, resumed.facts)
+    dtype = AUTOCAST[precision]
+    model.checkpointing = config.train.checkpointing
+    groups = make_groups(model, config.optim, config.train.freeze_depth)
+    wanted = config.train.clips_per_gpu
+    clips_per_gpu = wanted if isinstance(wanted, int) else auto_clips_per_gpu(config, model, device, resumed.facts)
+    if resumed.yes:
+        resumed.check_fits(model, groups, averaged=config.train.ema_decay is not None)
+        load_state(model, resumed.part("model"))
+    ema = Ema(model, config.train.ema_decay) if config.train.ema_decay is not None else None
+    if resumed.yes and ema is not None:
+        load_state(ema.module, resumed.part("ema"))
+    flops = clip_flops(model, config.clip) if distributed.is_main() else None  # rank 0 writes the figures
+    meters = Meters(
+        device=device,
+        world_size=distributed.world_size(),
+        flops_per_clip=flops and flops[1],
+        matmul=matmul_rate(device, dtype),
+    )
+    compiled = compile_if_it_works(
+        model,
+        lambda: train_pass(model, config.clip, clips_per_gpu, device, dtype),
+        setting="train.compile",
+        wanted=config.train.compile,
+        default=device.type == "cuda",
+        gather=distributed.all_gather_objects,
+        say=say,
+    )
+    network = wrap(model, device, bf16_reduce=config.train.bf16_reduce)
+    optimizer = make_optimizer(groups, config.optim, lr=0.0)
+    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    if resumed.yes:
+        resumed.load_optimizer(optimizer, scaler)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the passes that were tried are not of the training
+    stepper = Stepper(
+        config=config,
+        objective=objective,
+        network=network,
+        optimizer=optimizer,
+        ema=ema,
+        scaler=scaler,
+        device=device,
+        precision=precision,
+        compiled=compiled,
+        clips_per_gpu=clips_per_gpu,
+    )
+    return stepper, meters
