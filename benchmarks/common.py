@@ -25,8 +25,9 @@ from vac_ddp.files import write_json, write_text
 from vac_ddp.models import Loaded, load_model
 from vac_ddp.settings import Config, DataSettings
 from vac_ddp.training.meters import Meters
-from vac_ddp.training.model_setup import Resumed, make_stepper
-from vac_ddp.training.step import Stepper
+from vac_ddp.training.objective import Classification
+from vac_ddp.training.resuming import Resumed
+from vac_ddp.training.step import Stepper, make_stepper
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = [f"class{i}" for i in range(51)]
@@ -193,7 +194,7 @@ def our_training(config: Config, device: torch.device) -> Ours:
     loaded = load_model(config.model, config.clip, CLASSES, seed=0)
     data: Any = SimpleNamespace(classes=CLASSES)
     nothing = Resumed(state=None, facts=None, source=None)
-    stepper, _, meters = make_stepper(config, device, data, loaded, nothing, print)
+    stepper, meters = make_stepper(config, Classification(config, data, loaded, device), nothing, device, print)
     stepper.warm_up()
     return Ours(stepper, meters, loaded)
 

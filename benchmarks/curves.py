@@ -23,7 +23,7 @@ from benchmarks.common import about_line, arguments, device_of, machine, table, 
 from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.runtime import distributed
-from vac_ddp.training import job
+from vac_ddp.training.trainer import open_trainer
 
 LIKE_A_GPU = ["train.compile=true", "train.precision=bf16", "optim.fused=true"]
 CHANGES = {
@@ -58,17 +58,17 @@ def run(folder: Path, name: str, words: list[str], device: torch.device) -> list
     ]
     settings = parse_settings([*common, *words]).config
     losses: list[float] = []
-    with job.open_job(settings, device) as opened:
-        note = opened.loop.tracker.write
+    with open_trainer(settings, device) as trainer:
+        note = trainer.tracker.write
 
         def keep(kind: str, step: int, **figures: Any) -> None:
             if kind == "train":
                 losses.append(figures["loss"])
             note(kind, step, **figures)
 
-        opened.loop.tracker.write = keep  # type: ignore[method-assign]
-        opened.loop.tracker.say = lambda *_, **__: None  # type: ignore[method-assign]
-        opened.loop.run()
+        trainer.tracker.write = keep  # type: ignore[method-assign]
+        trainer.tracker.say = lambda *_, **__: None  # type: ignore[method-assign]
+        trainer.run()
     print(f"  {name}: last loss {np.mean(losses[-WINDOW:]):.4f}", file=sys.stderr, flush=True)
     return losses
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 -m benchmarks.safety            # gloo on the CPU, or NCCL on GPUs
 
-One real training run (`job.open_job`, small VideoMAE, synthetic frames) in which the parts are timed where the
-loop calls them. A checkpoint is written at every fifth step: steps with and without one in flight stand side by side.
+One real training run (`open_trainer`, small VideoMAE, synthetic frames) in which the parts are timed where the trainer
+calls them. A checkpoint is written at every fifth step: steps with and without one in flight stand side by side.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.loader import facts
 from vac_ddp.arguments import parse_settings
 from vac_ddp.commands import synth_command
 from vac_ddp.runtime import distributed
-from vac_ddp.training import health, job
-from vac_ddp.training.loop import Loop
+from vac_ddp.training import health
+from vac_ddp.training.trainer import Trainer, open_trainer
 
 RESULTS = Path(__file__).parent / "results" / "safety"
 SAVE_EVERY = 5
@@ -64,22 +64,22 @@ def timed(spent: dict[str, list[float]], name: str, call: Callable[..., Any]) ->
     return wrapped
 
 
-def watch(loop: Loop, spent: dict[str, list[float]]) -> None:
-    """Put a clock around the parts of a loop, and around its steps with and without a checkpoint in flight."""
-    loop._agree = timed(spent, "agreement", loop._agree)
-    loop._read_records = timed(spent, "reading the counters", loop._read_records)
-    loop.save = timed(spent, "snapshot for a checkpoint", loop.save)
+def watch(trainer: Trainer, spent: dict[str, list[float]]) -> None:
+    """Put a clock around the parts of a trainer, and around its steps with and without a checkpoint in flight."""
+    trainer._agree = timed(spent, "agreement", trainer._agree)
+    trainer.log.read = timed(spent, "reading the counters", trainer.log.read)
+    trainer.save = timed(spent, "snapshot for a checkpoint", trainer.save)
     health.check_same_weights = timed(spent, "comparison of weights", health.check_same_weights)
-    run = loop.stepper.run
+    run = trainer.stepper.run
 
     def step(*arguments: Any, **named: Any) -> None:
-        writer = loop.saver.writer
+        writer = trainer.saver.writer
         flying = writer is not None and writer.thread is not None and writer.thread.is_alive()
         begun = time.perf_counter()
         run(*arguments, **named)
         spent["step beside a save" if flying else "step"].append(time.perf_counter() - begun)
 
-    loop.stepper.run = step
+    trainer.stepper.run = step
 
 
 def table(spent: dict[str, list[float]], every: dict[str, int]) -> list[dict[str, Any]]:
@@ -108,9 +108,9 @@ def main() -> None:
     words += [f"data.cache={folder / 'cache'}", f"checkpoint.every_steps={SAVE_EVERY}"]
     settings = parse_settings(words).config
     spent: dict[str, list[float]] = defaultdict(list)
-    with job.open_job(settings, device) as opened:
-        watch(opened.loop, spent)
-        opened.loop.run()
+    with open_trainer(settings, device) as trainer:
+        watch(trainer, spent)
+        trainer.run()
         size = max(path.stat().st_size for path in (folder / "run" / "checkpoints").glob("*.pt"))
     every = {
         "agreement": 1,

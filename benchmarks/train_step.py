@@ -6,7 +6,7 @@
 
 Three tables. In memory: the same batch again and again, so model, loss and optimizer alone; ours begins with uint8,
 augments and normalises them, the peers' floats are ready but where it says "from the same bytes". With loader: JPEG
-files of 320x240, loader processes, everything. Profile: where the time of a step goes in a whole run (`job.open_job`:
+files of 320x240, loader processes, everything. Profile: where the time of a step goes in a whole run (`open_trainer`:
 agreement, log, checks and all) whose data are ready. Exit status 3 where a bar is missed.
 """
 
@@ -15,9 +15,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.files import read_json
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
-from vac_ddp.training import job
+from vac_ddp.training.trainer import open_trainer
 
 OURS, EAGER = "vac_ddp", "vac_ddp, not compiled"
 HF_BYTES = "HF Trainer, best settings, from the same bytes"
@@ -238,34 +239,32 @@ def profile(options: Any, device: torch.device, folder: Path, index: Index) -> d
     words += [f"train.epochs={10 * options.profile_steps}", f"train.compile={str(options.compile).lower()}"]
     settings = parse_settings(words).config
     distributed.start(device, timeout_s=120)
-    with job.open_job(settings, device) as opened:
-        loop = opened.loop
-        dataset = training_set(index, settings, loop.stepper.model.noise_size)
+    with open_trainer(settings, device) as trainer:
+        dataset = training_set(index, settings, trainer.stepper.model.noise_size)
         batch = dataset.__getitems__(keys_of(index, options.clips)).to(device)
-        loop.steps_per_epoch = options.profile_steps
-        loop.samples_of_step = lambda _: options.clips
-        loop.loads_of_step = lambda _: 1
-
-        def ready(epoch: int, start: int) -> Iterator[Batch]:
-            return repeat(batch)
-
-        loop.loader = ready
+        trainer.sampler = SimpleNamespace(  # type: ignore[assignment]
+            steps_per_epoch=options.profile_steps,
+            samples_of_step=lambda _: options.clips,
+            loads_of_step=lambda _: 1,
+            set_epoch=lambda epoch, start_step: None,
+        )
+        trainer.loader = repeat(batch)  # type: ignore[assignment]
         lines: list[dict[str, Any]] = []
-        note = loop.tracker.write
+        note = trainer.tracker.write
 
         def keep(kind: str, step: int, **figures: Any) -> None:
             if kind == "train":
                 lines.append(figures)
             note(kind, step, **figures)
 
-        loop.tracker.write = keep  # type: ignore[method-assign]
-        loop.run()
+        trainer.tracker.write = keep  # type: ignore[method-assign]
+        trainer.run()
         names = ("idle", "prepare", "forward", "backward", "optimizer")
         later = lines[1:] or lines  # the first line holds the start
         seconds = {name: sum(line[f"{name}_s"] for line in later) for name in names}
         whole = options.clips * 10 * sum(1 / line["clips_per_s"] for line in later)
         seconds["the rest"] = max(0.0, whole - sum(seconds.values()))
-        top = operations(lambda: loop.stepper.run([batch], step=0, samples=len(batch), lr=1e-5, began=0.0), device)
+        top = operations(lambda: trainer.stepper.run([batch], step=0, samples=len(batch), lr=1e-5, began=0.0), device)
     outside = sum(seconds[name] for name in ("idle", "prepare", "the rest"))
     return {
         "ms_a_step": 1000 * whole / (10 * len(later)),

@@ -15,8 +15,8 @@ from vac_ddp import checks
 from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
-from vac_ddp.training import job
-from vac_ddp.training.model_setup import check_grammar
+from vac_ddp.training.objective import check_settings
+from vac_ddp.training.trainer import open_trainer
 
 VALUES = ("-1", "0", "1", "1e30", "nan", "inf", "")
 TINY = (
@@ -65,7 +65,7 @@ def place(folder: Path) -> list[str]:
 def settings_of(words: list[str]) -> Config:
     """The settings, checked as `vac train` checks them before it opens anything."""
     config_ = parse_settings(words).config
-    check_grammar(config_)
+    check_settings(config_)
     return config_
 
 
@@ -75,10 +75,10 @@ def run_once(words: list[str], folder: Path) -> int:
     shutil.rmtree(run, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         settings = settings_of([*words, f"run.dir={run}"])
-        with job.open_job(settings, torch.device("cpu")) as opened:
-            opened.loop.run()
+        with open_trainer(settings, torch.device("cpu")) as trainer:
+            trainer.run()
             assert (run / f"best_{settings.model.name}.pt").exists()
-            return opened.loop.position.step
+            return trainer.position.step
 
 
 def sweep_alone(words: list[str], folder: Path) -> Outcomes:

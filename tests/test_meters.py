@@ -25,7 +25,7 @@ from vac_ddp.scoring.forward import Scorer, pass_size
 from vac_ddp.settings import ClipSettings, ModelSettings
 from vac_ddp.training import meters
 from vac_ddp.training.health import Summary
-from vac_ddp.training.step import StepRecord, phases
+from vac_ddp.training.step_record import StepRecord, phases
 
 CPU = torch.device("cpu")
 SMALL = ClipSettings(frames=4, size=32)

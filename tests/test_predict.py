@@ -604,7 +604,7 @@ import torch  # imported once: a fork is ready in no time
 from vac_ddp.predict import main
 from vac_ddp.predicting import all_videos, part_files, prediction
 from vac_ddp.scoring import forward
-from vac_ddp.training import job
+from vac_ddp.training import trainer
 
 trained, folder, out, log = sys.argv[1:]
 rng = random.Random(int(os.environ["SEED"]))

@@ -21,7 +21,7 @@ from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.loader import train_loader
 from vac_ddp.data.sampler import StepSampler, epoch_draws
 from vac_ddp.errors import Interrupted
-from vac_ddp.training import job
+from vac_ddp.training.trainer import open_trainer
 
 VIDEOS, PER_STEP, EPOCHS = 21, 3, 3  # of runs.Workplace: 7 steps an epoch, of two batches of a loader process each
 STEPS = VIDEOS // PER_STEP
@@ -43,8 +43,8 @@ def train(place: Workplace, run: str, *words: str, stop: int | None) -> Part:
     words = (*WORDS, "checkpoint.every_steps=null", "log.every_steps=1", *words)
     settings = parse_settings(place.arguments(run, *words)).config
     part = Part()
-    with job.open_job(settings, torch.device("cpu")) as opened:
-        where, run_step = opened.loop.position, opened.loop.stepper.run
+    with open_trainer(settings, torch.device("cpu")) as trainer:
+        where, run_step = trainer.position, trainer.stepper.run
 
         def watched(batches: list[Any], **named: Any) -> None:
             if named["step"] == stop:
@@ -53,9 +53,9 @@ def train(place: Workplace, run: str, *words: str, stop: int | None) -> Part:
             part.children.append(set(children_of(os.getpid())))
             run_step(batches, **named)
 
-        opened.loop.stepper.run = watched  # type: ignore[method-assign]
+        trainer.stepper.run = watched  # type: ignore[method-assign]
         try:
-            opened.loop.run()
+            trainer.run()
         except Interrupted as error:
             part.interrupted = error.step == where.step == stop + 2
     return part

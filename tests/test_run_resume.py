@@ -19,8 +19,9 @@ from vac_ddp.arguments import parse_settings
 from vac_ddp.models import load_model, rebuild_model
 from vac_ddp.predict import main as predict_main
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
-from vac_ddp.training import job, resuming, same_run
+from vac_ddp.training import resuming, same_run
 from vac_ddp.training.best_weights import BestFile
+from vac_ddp.training.trainer import open_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -259,8 +260,8 @@ def test_the_precision_is_that_of_the_run(place: Workplace) -> None:
     assert "trained in fp8 on cpu, which the CPU lacks" in refused(here(place, "precise", "run.resume=auto"))
     rewrite(companion, precision="bf16")  # as a GPU resolves `auto`
     settings = parse_settings(place.arguments("precise", *SHORT, "run.resume=auto")).config
-    with contextlib.redirect_stdout(io.StringIO()), job.open_job(settings, torch.device("cpu")) as opened:
-        assert opened.loop.stepper.autocast is torch.bfloat16
+    with contextlib.redirect_stdout(io.StringIO()), open_trainer(settings, torch.device("cpu")) as trainer:
+        assert trainer.stepper.autocast is torch.bfloat16
 
 
 def test_the_promise_names_everything_that_changes_results(place: Workplace) -> None:

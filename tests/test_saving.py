@@ -17,9 +17,11 @@ from vac_ddp import files
 from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import UserError
 from vac_ddp.report.lines import Lines
-from vac_ddp.training import checkpoint, job
+from vac_ddp.training import checkpoint
 from vac_ddp.training.best_weights import BestFile
+from vac_ddp.training.finish import finish
 from vac_ddp.training.progress import Validation
+from vac_ddp.training.trainer import open_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -39,21 +41,20 @@ def train_with(place: Workplace, run: str, at_validation: Callable[[int], object
     options = ("data.workers=0", "checkpoint.every_steps=null", "train.global_batch=21", *words)
     settings = parse_settings(place.arguments(run, *options)).config
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), job.open_job(settings, torch.device("cpu")) as opened:
-        loop = opened.loop
-        assert loop.validator is not None
-        measure = loop.validator.run
+    with contextlib.redirect_stdout(out), open_trainer(settings, torch.device("cpu")) as trainer:
+        assert trainer.validator is not None
+        measure = trainer.validator.run
 
         def validate(stop: Callable[[], bool]) -> Validation | None:
-            at_validation(loop.position.epoch)
+            at_validation(trainer.position.epoch)
             found = measure(stop)
             assert found is not None
-            found.top1 = found.figures["top1"] = ACCURACIES[loop.position.epoch - 1]
+            found.top1 = found.figures["top1"] = ACCURACIES[trainer.position.epoch - 1]
             return found
 
-        loop.validator.run = validate  # type: ignore[method-assign]
-        loop.run()
-        opened.finish()
+        trainer.validator.run = validate  # type: ignore[method-assign]
+        trainer.run()
+        finish(trainer)
     return out.getvalue()
 
 

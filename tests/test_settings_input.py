@@ -215,11 +215,11 @@ def test_bounds() -> None:
 )  # fmt: skip
 def test_a_setting_that_cannot_run_is_refused_before_anything_is_opened(word: str) -> None:
     """The settings that were accepted and ended in a traceback, in NaN, or hours later."""
-    from vac_ddp.training.model_setup import check_grammar
+    from vac_ddp.training.objective import check_settings
 
     name, _, _ = word.partition("=")
     with pytest.raises(UserError) as caught:
-        check_grammar(parsed(word))
+        check_settings(parsed(word))
     assert name in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 

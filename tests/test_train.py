@@ -15,7 +15,7 @@ from tests.support import environment
 from vac_ddp import config
 from vac_ddp.arguments import parse_settings
 from vac_ddp.results.logits_file import read_views
-from vac_ddp.training import job
+from vac_ddp.training.trainer import open_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -255,10 +255,11 @@ def test_even_steps_reach_the_loop(tmp_path: Path) -> None:
     for even in ("false", "true"):
         words = place.arguments(f"even_{even}", f"train.even_steps={even}", "data.workers=0")
         settings = parse_settings(words).config
-        with job.open_job(settings, torch.device("cpu")) as opened:
-            loop = opened.loop
-            sizes[even] = [loop.samples_of_step(step) for step in range(loop.steps_per_epoch)]
-            loads = loop.loader(0, 0)
+        with open_trainer(settings, torch.device("cpu")) as trainer:
+            sampler = trainer.sampler
+            sizes[even] = [sampler.samples_of_step(step) for step in range(sampler.steps_per_epoch)]
+            sampler.set_epoch(0)
+            batches = iter(trainer.loader)
             for step, size in enumerate(sizes[even]):
-                assert sum(len(next(loads)) for _ in range(loop.loads_of_step(step))) == size
+                assert sum(len(next(batches)) for _ in range(sampler.loads_of_step(step))) == size
     assert sizes == {"false": [6, 6, 6, 3], "true": [5, 5, 5, 6]}

@@ -1,6 +1,6 @@
 """Which settings there are, and whether they can be used: bounds of numbers, then settings that depend on one another.
 
-Nothing is opened here. What takes torch or the data to know is checked by `job_model.check_grammar` and by the readers.
+Nothing is opened here. What takes torch or the data to know is checked by `objective.check_settings` and the readers.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 from vac_ddp import train
 from vac_ddp.errors import UserError
 from vac_ddp.runtime import distributed
-from vac_ddp.training import checkpoint, job, loop, step, validation
+from vac_ddp.training import checkpoint, objective, step, trainer, validation
 
 WHAT, *PAIRS = os.environ["FAULT"].split()
 KEYS = dict(pair.split("=") for pair in PAIRS)
@@ -145,7 +145,7 @@ def at_step(stepper: step.Stepper, batches: Any, **named: Any) -> None:
         strike()
 
 
-def at_end_of_epoch(running: loop.Loop, *_: Any, **__: Any) -> None:
+def at_end_of_epoch(running: trainer.Trainer, *_: Any, **__: Any) -> None:
     """Between the line of an epoch and its checkpoint, when that of its last step is written."""
     where = running.position
     if where.step == AT and where.step_in_epoch == 0 and not where.validation_due:
@@ -168,26 +168,26 @@ def spoil(kind: str) -> None:
     """Make the numbers of this rank bad in some steps: nan (its clips), overflow (its losses)."""
     steps = {AT} if "steps" not in KEYS else set(map(int, KEYS["steps"].split(",")))
     now = {"step": -1}
-    run, prepare, losses = step.Stepper.run, step.Stepper.prepare, step.Stepper.losses
+    run, prepare, losses = step.Stepper.run, objective.Classification.prepare, objective.Classification.losses
 
     def watched(self: step.Stepper, *arguments: Any, **named: Any) -> None:
         now["step"] = named["step"]
         run(self, *arguments, **named)
 
-    def spoiled(self: step.Stepper, batch: Any) -> step.Prepared:
+    def spoiled(self: objective.Classification, batch: Any) -> objective.Prepared:
         made = prepare(self, batch)
         if MINE and now["step"] in steps:
             made.clips[0] = float("nan")
         return made
 
-    def overflowing(self: step.Stepper, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def overflowing(self: objective.Classification, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return losses(self, logits, targets) * (float("inf") if MINE and now["step"] in steps else 1.0)
 
     step.Stepper.run = watched
     if kind == "nan":
-        step.Stepper.prepare = spoiled
+        objective.Classification.prepare = spoiled
     else:
-        step.Stepper.losses = overflowing
+        objective.Classification.losses = overflowing
 
 
 def slow() -> None:
@@ -218,11 +218,11 @@ def arm() -> None:
     elif place == "validation":
         wrap(validation, "normalise", lambda *_a, **_k: due() and strike())
     elif place == "setup":
-        wrap(job, "make_stepper", lambda *_a, **_k: due() and strike())
+        wrap(trainer, "make_stepper", lambda *_a, **_k: due() and strike())
     elif place == "save":
         wrap(checkpoint, "write_tensors", lambda path, _s: f"{AT:08d}" in path.name and due() and strike())
     elif place == "epoch":
-        wrap(loop.Loop, "save", at_end_of_epoch)
+        wrap(trainer.Trainer, "save", at_end_of_epoch)
     elif place == "rename":
         replace = Path.replace
 

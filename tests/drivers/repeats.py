@@ -17,21 +17,20 @@ from vac_ddp.arguments import parse_settings
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.exit_status import run_door
 from vac_ddp.settings import Config
-from vac_ddp.training import job
-from vac_ddp.training.loop import Loop
 from vac_ddp.training.progress import Validation
 from vac_ddp.training.step import Stepper
+from vac_ddp.training.trainer import Trainer, open_trainer
 
 VALIDATION_VIDEOS = 6  # of runs.Workplace
 
 
-def run(settings: Config, prepare: Callable[[Loop], None] | None = None) -> Loop:
+def run(settings: Config, prepare: Callable[[Trainer], None] | None = None) -> Trainer:
     """One training, from opening to closing."""
-    with job.open_job(settings, torch.device("cpu")) as opened:
+    with open_trainer(settings, torch.device("cpu")) as trainer:
         if prepare is not None:
-            prepare(opened.loop)
-        opened.loop.run()
-        return opened.loop
+            prepare(trainer)
+        trainer.run()
+        return trainer
 
 
 def variant(settings: Config, **changes: Any) -> Config:
@@ -59,10 +58,10 @@ def stops(settings: Config, say: Callable[..., None]) -> None:
     """20 runs in which every rank sees validation figures of its own: where does each rank stop?"""
     for number in range(20):
 
-        def disagree(loop: Loop, number: int = number) -> None:
+        def disagree(trainer: Trainer, number: int = number) -> None:
             draw = random.Random(1000 * number + distributed.rank())
             logits = torch.zeros(VALIDATION_VIDEOS, 3)
-            loop.validator.run = lambda stop: Validation(
+            trainer.validator.run = lambda stop: Validation(
                 top1=draw.random(), loss=1.0, figures={"top1": 0.5}, logits=logits
             )
 
@@ -81,9 +80,9 @@ def validations(settings: Config, say: Callable[..., None]) -> None:
         changed.data.val = f"{settings.data.val}-{size}"
         seen: list[Validation] = []
 
-        def watch(loop: Loop, seen: list[Validation] = seen) -> None:
-            validate = loop.validator.run
-            loop.validator.run = lambda stop: seen.append(validate(stop)) or seen[-1]
+        def watch(trainer: Trainer, seen: list[Validation] = seen) -> None:
+            validate = trainer.validator.run
+            trainer.validator.run = lambda stop: seen.append(validate(stop)) or seen[-1]
 
         run(variant(changed, dir=f"{settings.run.dir}-{size}"), watch)
         say(size=size, **seen[-1].figures)

@@ -22,9 +22,9 @@ def check_first(argv: list[str], ranks: int) -> None:
     """Settings and data as rank 0 will read them, so that a mistake is one line and not that of every rank."""
     command = parse_settings(argv)
     checks.check(command.config, ranks=ranks)
-    from vac_ddp.training.model_setup import check_grammar
+    from vac_ddp.training.objective import check_settings
 
-    check_grammar(command.config)
+    check_settings(command.config)
     from vac_ddp.data.index import open_index
     from vac_ddp.data.split import make_split
 

@@ -54,7 +54,7 @@ class Facts(TypedDict):
 
 
 class PositionState(TypedDict):
-    """`loop.Position`."""
+    """`progress.Position`."""
 
     epoch: Count
     step_in_epoch: Count
@@ -65,7 +65,7 @@ class PositionState(TypedDict):
 
 
 class StoppingState(TypedDict):
-    """`stopping.Stopping`."""
+    """`early_stopping.Stopping`."""
 
     best: float | None
     best_epoch: Count | None
@@ -73,7 +73,7 @@ class StoppingState(TypedDict):
 
 
 class TallyState(TypedDict):
-    """`loop.Tally`."""
+    """`progress.Tally`."""
 
     loss: float
     correct: float
@@ -81,7 +81,7 @@ class TallyState(TypedDict):
 
 
 class TallyStates(TypedDict):
-    """The two tallies of a loop."""
+    """The two tallies of a training log."""
 
     since_line: TallyState
     since_epoch: TallyState
@@ -112,7 +112,7 @@ class OptimizerState(TypedDict):
 
 
 class State(TypedDict):
-    """The tensors file of a checkpoint (`loop.Loop.state`)."""
+    """The tensors file of a checkpoint (`trainer.Trainer.state`)."""
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None

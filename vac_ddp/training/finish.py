@@ -13,7 +13,7 @@ from vac_ddp.training.trainer import Trainer
 def finish(trainer: Trainer, *, report: bool = True) -> None:
     """Write the report, say what is where and what to type next."""
     folder, stopping, best = trainer.session.folder, trainer.stopping, trainer.saver.best.path
-    tracker = trainer.session.tracker
+    tracker = trainer.tracker
     run_files.write_again(folder, trainer.metadata, tracker.say)
     tracker.artifact(best)
     if stopping.best is not None:
@@ -27,7 +27,7 @@ def finish(trainer: Trainer, *, report: bool = True) -> None:
 
 def _report(trainer: Trainer) -> None:
     """Write report.html. A run that is done is done: what goes wrong here is one line."""
-    folder, tracker, index = trainer.session.folder, trainer.session.tracker, trainer.objective.data.val_index
+    folder, tracker, index = trainer.session.folder, trainer.tracker, trainer.objective.data.val_index
     try:
         from vac_ddp.report.page import write_report
         from vac_ddp.report.pictures import show_pictures

@@ -13,16 +13,13 @@ from vac_ddp.errors import UserError
 from vac_ddp.models import VideoModel
 from vac_ddp.models.compilation import train_pass
 from vac_ddp.models.precision import AUTOCAST, precision_of
-from vac_ddp.models import VideoModel
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import ClipSettings, Config
 
 HEADROOM = 0.9  # of the memory that is free: gradients' buckets, optimizer and fragmentation come later
 
 
-def auto_clips_per_gpu(
-    config: Config, model: VideoModel, device: torch.device, facts: Mapping[str, Any] | None
-) -> int:
+def auto_clips_per_gpu(config: Config, model: VideoModel, device: torch.device, facts: Mapping[str, Any] | None) -> int:
     """The micro-batch of train.clips_per_gpu=auto: as the run had it, 8 on the CPU, or what fits on every GPU.
 
     facts: of the checkpoint that is resumed. A collective.

@@ -52,9 +52,7 @@ class Classification:
 
     def samples(self) -> TrainClips:
         """The data set of the loader processes."""
-        return TrainClips(
-            self.data.index, self.data.split.train, self.config, self.model.noise_size, self.config.seed
-        )
+        return TrainClips(self.data.index, self.data.split.train, self.config, self.model.noise_size, self.config.seed)
 
     def prepare(self, batch: Batch) -> Prepared:
         """Augment, normalize and mix a batch on the device; soft targets."""

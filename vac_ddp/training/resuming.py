@@ -12,10 +12,9 @@ import torch
 
 from vac_ddp import files
 from vac_ddp.errors import UserError
-from vac_ddp.models import Loaded, load_model, rebuild_model
+from vac_ddp.models import Loaded, VideoModel, load_model, rebuild_model
 from vac_ddp.models.torch_file import read_torch
 from vac_ddp.report.run_reader import read_classes
-from vac_ddp.models import VideoModel
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.text import printable

@@ -1,4 +1,4 @@
-"""What surrounds a training: run directory and its lock, log and services, the request to stop; closed in good order."""
+"""What surrounds a training: run directory, lock, log, services and the request to stop; closed in good order."""
 
 from __future__ import annotations
 

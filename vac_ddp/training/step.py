@@ -8,7 +8,6 @@ reduced in the last micro-batch; a rank without samples takes part with weight z
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,9 +18,9 @@ import torch
 from torch import nn
 
 from vac_ddp.data.batch import Batch
+from vac_ddp.models import VideoModel
 from vac_ddp.models.compilation import compile_if_it_works, train_pass
 from vac_ddp.models.precision import AUTOCAST, autocast, run_precision
-from vac_ddp.models import VideoModel
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.data_parallel import load_state, wrap
 from vac_ddp.runtime.monitor import PROCESS
@@ -33,37 +32,7 @@ from vac_ddp.training.micro_batch_fit import auto_clips_per_gpu
 from vac_ddp.training.objective import Classification, Prepared
 from vac_ddp.training.optimization import make_groups, make_optimizer, set_lr
 from vac_ddp.training.resuming import Resumed
-
-
-@dataclass(kw_only=True)
-class StepRecord:
-    """What a step leaves on the device until the log is written. Nothing here was waited for."""
-
-    step: int
-    samples: list[torch.Tensor]
-    losses: list[torch.Tensor]
-    correct: list[torch.Tensor]
-    norm: torch.Tensor
-    found_inf: torch.Tensor
-    lr: float
-    busy: tuple[Any, Any]
-    marks: list[tuple[str, Any]]  # what had ended and when, from the end of the step before (see `phases`)
-
-
-def phases(record: StepRecord) -> dict[str, float]:
-    """Seconds of a step by phase: idle (since the step before), prepare, forward, backward, optimizer.
-
-    On CUDA of the device, which must have come to the step's end: the host was done long before.
-    """
-    spent: dict[str, float] = {}
-    for (_, begin), (name, end) in itertools.pairwise(record.marks):
-        spent[name] = spent.get(name, 0.0) + seconds_between(begin, end)
-    return spent
-
-
-def seconds_between(begin: Any, end: Any) -> float:
-    """Seconds between two times of the host, or two CUDA events that have happened."""
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000.0
+from vac_ddp.training.step_record import StepRecord
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from vac_ddp.data.batch import Batch
 from vac_ddp.data.loader import Loader, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import Interrupted
+from vac_ddp.report.tracker import Tracker
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.data_parallel import optimizer_state
 from vac_ddp.runtime.monitor import PROCESS
@@ -128,6 +129,11 @@ class Trainer:
     timeouts_short: bool = False
     metadata: dict[str, bytes] = field(default_factory=dict)  # files that say what the run is, by name; on rank 0
 
+    @property
+    def tracker(self) -> Tracker:
+        """What writes log and figures."""
+        return self.session.tracker
+
     def start(self) -> None:
         """Take the place of the checkpoint, or begin; say which, and write the files that say what the run is."""
         session, config, resumed = self.session, self.config, self.session.resumed
@@ -167,8 +173,8 @@ class Trainer:
             self._finish_saving()
         if distributed.is_main():
             log.meters.measure_again(self.stepper.autocast)
-        log.say_speed(self.session.tracker.say)
-        self.session.tracker.write("speed", where.step, **log.meters.seconds)
+        log.say_speed(self.tracker.say)
+        self.tracker.write("speed", where.step, **log.meters.seconds)
         distributed.raise_together(None)
         PROCESS.release()  # what is left may take its time, and other ranks may be done
 
@@ -177,7 +183,7 @@ class Trainer:
         clips = [sampler.samples_of_step(step) for step in range(sampler.steps_per_epoch)]
         clips = clips[: where.step_in_epoch + self.schedule.total_steps - where.step]
         done = sum(clips[: where.step_in_epoch])
-        self.session.tracker.progress(f"epoch {where.epoch + 1}/{self.schedule.epochs}", sum(clips), done)
+        self.tracker.progress(f"epoch {where.epoch + 1}/{self.schedule.epochs}", sum(clips), done)
         sampler.set_epoch(where.epoch, start_step=where.step_in_epoch)
         batches = to_device(self.loader, self.stepper.device)
         self.log.begin_epoch()
@@ -197,7 +203,7 @@ class Trainer:
         self.log.waited += time.perf_counter() - began
         for batch in batches:
             for line in batch.damage:  # each damaged frame once
-                self.session.tracker.say(line, everywhere=True)
+                self.tracker.say(line, everywhere=True)
         self.stepper.run(batches, step=where.step, samples=clips, lr=self.schedule.lr(where.schedule_step), began=began)
         where.schedule_step += self.stepper.counts_last_step()
         where.step += 1
@@ -236,7 +242,7 @@ class Trainer:
 
     def _interrupt(self, number: int) -> None:
         """Save, tell all how it went, and leave by Interrupted."""
-        step, tracker = self.position.step, self.session.tracker
+        step, tracker = self.position.step, self.tracker
         tracker.end_progress()
         tracker.say(f"{signal_name(number)}: saving at step {step} and ending")
         self.save()
@@ -252,7 +258,7 @@ class Trainer:
     # ------------------------------------------------------------ the end of an epoch
 
     def _end_epoch(self) -> None:
-        where, tracker = self.position, self.session.tracker
+        where, tracker = self.position, self.tracker
         tracker.end_progress()
         last = where.step >= self.schedule.total_steps
         best = False
@@ -301,7 +307,7 @@ class Trainer:
             "stopping": self.stopping.state(),
             **self.log.state(),
             "random": torch.get_rng_state(),
-            "wandb_id": self.session.tracker.wandb_id,
+            "wandb_id": self.tracker.wandb_id,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -330,7 +336,7 @@ class Trainer:
             try:
                 self.validator.write(path, validation, epoch)
             except OSError as error:
-                self.session.tracker.say(f"{path} could not be written: {error.strerror}")
+                self.tracker.say(f"{path} could not be written: {error.strerror}")
         figures = validation.figures if validation is not None else {}
         self.saver.best.offer(run_files.best_content(self.config, self.objective, self.stepper, figures), epoch)
 
@@ -339,6 +345,6 @@ class Trainer:
         if self.agreement.read().save_failed:
             self.saver.answer_failure()
         if distributed.is_main() and self.saver.best.empty:
-            self.session.tracker.say("no validation gave best weights: the last ones are saved instead")
+            self.tracker.say("no validation gave best weights: the last ones are saved instead")
             self._keep_best(None)
         self.saver.finish()

@@ -11,6 +11,7 @@ from typing import Any
 from vac_ddp.data.augment import flip_guard
 from vac_ddp.report.epoch_table import TABLE, one_of_few, table_row
 from vac_ddp.report.tracker import Tracker
+from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.training import health
 from vac_ddp.training.lr_schedule import Schedule
@@ -58,7 +59,7 @@ class TrainingLog:
     def describe_run(self) -> None:
         """How large the run and its steps are."""
         stepper, schedule, batch = self.stepper, self.schedule, self.config.train.global_batch
-        world, say = stepper.world_size, self.tracker.say
+        world, say = distributed.world_size(), self.tracker.say
         count = sum(p.numel() for p in stepper.model.parameters())
         accumulation = math.ceil(batch / (world * stepper.clips_per_gpu))
         peak = max(schedule.lr(step) for step in range(schedule.total_steps))
