@@ -36,8 +36,8 @@ def summarise(records: list[StepRecord], device: torch.device, memory_gib: float
 
     loss: mean of the finite samples' losses; accuracy: share of them whose largest target is on top; norm: the last
     step's gradient norm; bad_samples: samples with a non-finite loss, by rank; busy_s: seconds each rank had worked
-    before it began to wait for the others; phases: seconds of this rank (see `phases`); memory_gib: the most of any rank's
-    `memory_gib`.
+    before it began to wait for the others; phases: seconds of this rank (see `phases`); memory_gib: the most of any
+    rank's `memory_gib`.
     """
     losses = torch.cat([x for r in records for x in r.losses] or [torch.zeros(0, device=device)]).double().cpu()
     correct = torch.cat([x for r in records for x in r.correct] or [torch.zeros(0, device=device)]).double().cpu()
