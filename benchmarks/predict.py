@@ -42,10 +42,10 @@ from benchmarks.common import (
     write,
 )
 from vac_ddp.data import frames
-from vac_ddp.data.augment import normalise
 from vac_ddp.data.clip_sampling import test_windows
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
+from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.models import load_model
 from vac_ddp.predicting.all_videos import Task, predict_views
@@ -117,7 +117,7 @@ def passes(options: Any, device: torch.device) -> dict[str, Any]:
     half = torch.bfloat16 if device.type == "cuda" else None
     scorers = {name: scorer_of(model, loaded, device, options.clips) for name, model in models.items()}
     whole = torch.randint(0, 256, (options.clips, 16, options.size, options.size, 3), dtype=torch.uint8, device=device)
-    floats = normalise(whole, tuple(loaded.mean), tuple(loaded.std), torch.float32)
+    floats = normalize(whole, tuple(loaded.mean), tuple(loaded.std), torch.float32)
 
     @torch.inference_mode()
     def hf(model: Any, pixels: Callable[[], torch.Tensor] = lambda: floats) -> torch.Tensor:

@@ -16,9 +16,9 @@ from vac_ddp.data.augment import (
     draw_erase_box,
     draw_parameters,
     flip_guard,
-    normalise,
     plan,
 )
+from vac_ddp.data.normalization import normalize
 from vac_ddp.data.randaugment import Op
 from vac_ddp.errors import UserError
 from vac_ddp.settings import AugmentSettings
@@ -138,7 +138,7 @@ def test_crops_are_distributed_as_torchvision_distributes_them():
         assert ours[:, column].std() == pytest.approx(deviation, rel=0.1)
 
 
-# ---- normalise, flip ----
+# ---- normalize, flip ----
 
 
 def test_normalise_is_torchvisions():
@@ -146,10 +146,10 @@ def test_normalise_is_torchvisions():
 
     clips = torch.from_numpy(pictures(4)).view(2, 2, 64, 64, 3)
     expected = reference.normalize(clips.permute(0, 1, 4, 2, 3).float() / 255, MEAN, STD)
-    ours = normalise(clips, MEAN, STD, torch.float32)
+    ours = normalize(clips, MEAN, STD, torch.float32)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
     assert ours.movedim(2, -1).is_contiguous()  # as the embedding takes it
-    half = normalise(clips, torch.tensor(MEAN), torch.tensor(STD), torch.bfloat16)
+    half = normalize(clips, torch.tensor(MEAN), torch.tensor(STD), torch.bfloat16)
     assert torch.equal(half, ours.bfloat16())
 
 
@@ -157,7 +157,7 @@ def test_only_the_clips_that_are_to_be_flipped_are():
     clips = torch.from_numpy(pictures(4)).view(2, 2, 64, 64, 3)
     before = clips.clone()
     out = augmented(clips, [parameters(flip=False), parameters(flip=True)])
-    plain = normalise(clips, MEAN, STD, torch.float32)
+    plain = normalize(clips, MEAN, STD, torch.float32)
     assert torch.equal(out[0], plain[0])
     assert torch.equal(out[1], plain[1].flip(-1))
     assert torch.equal(clips, before)
@@ -449,7 +449,7 @@ def test_erased_rectangles_are_distributed_as_timm_distributes_them():
 def test_erasing_is_noise_in_one_rectangle_of_all_frames_and_nothing_else():
     clips = torch.from_numpy(pictures(4)).view(2, 2, 64, 64, 3)
     out = augmented(clips, [parameters(erase=(5, 9, 40, 31), seed=3), parameters()])
-    plain = normalise(clips, MEAN, STD, torch.float32)
+    plain = normalize(clips, MEAN, STD, torch.float32)
     changed = (out != plain)[0]
     assert changed[:, :, 5:45, 9:40].all()
     assert changed.sum() == 2 * 3 * 40 * 31

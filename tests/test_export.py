@@ -145,10 +145,10 @@ def test_the_pipeline_puts_the_same_class_on_top(tmp_path):
     """With 16 frames of real clips as an array (T, H, W, C)."""
     from transformers import pipeline
 
-    from vac_ddp.data.augment import normalise
     from vac_ddp.data.dataset import TestViews
     from vac_ddp.data.frames import decode_frame
     from vac_ddp.data.index import open_index
+    from vac_ddp.data.normalization import normalize
     from vac_ddp.settings import DataSettings, ViewSettings
 
     clip = ClipSettings(frames=16, stride=1, size=32)
@@ -160,7 +160,7 @@ def test_the_pipeline_puts_the_same_class_on_top(tmp_path):
 
     def logits_of(loaded) -> torch.Tensor:
         with torch.no_grad():
-            return loaded.model.eval()(normalise(pixels, loaded.mean, loaded.std, torch.float32))
+            return loaded.model.eval()(normalize(pixels, loaded.mean, loaded.std, torch.float32))
 
     def even(loaded) -> None:
         """No class is on top in all clips."""

@@ -166,7 +166,7 @@ def test_a_pair_does_not_see_the_batch_around_it():
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_channels_of_a_pixel_stay_neighbours_in_memory(cut: bool) -> None:
-    """As `normalise` leaves them and the embedding takes them, with the values of clips laid out otherwise."""
+    """As `normalize` leaves them and the embedding takes them, with the values of clips laid out otherwise."""
     planar = clips_of(2)
     clips = planar.movedim(2, -1).contiguous().movedim(-1, 2)
     batch = collate([params(keep=0.3, box=(2, 7, 1, 9), cut=cut)] * 2)

@@ -216,7 +216,7 @@ def arm() -> None:
     elif place == "piece":
         wrap(step.Stepper, "_forward_piece", at_second_piece)
     elif place == "validation":
-        wrap(validation, "normalise", lambda *_a, **_k: due() and strike())
+        wrap(validation, "normalize", lambda *_a, **_k: due() and strike())
     elif place == "setup":
         wrap(trainer, "make_stepper", lambda *_a, **_k: due() and strike())
     elif place == "save":

@@ -3,7 +3,7 @@
 Parameters are drawn per sample on the CPU (:func:`draw_parameters`) and stay in host memory, where a batch is planned:
 which clips are flipped, which operation each clip has in each slot. The device only sees tensor operations on
 the clips concerned, and nothing waits for it. A clip's result depends on its own pixels and parameters alone,
-whatever batch it sits in. Order: flip, colour jitter, RandAugment, normalise, erase. The crop is drawn here and done
+whatever batch it sits in. Order: flip, colour jitter, RandAugment, normalize, erase. The crop is drawn here and done
 while decoding; the VideoMAE recipe runs RandAugment before the crop, on the larger frame, we after it.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vac_ddp.data import pixels, randaugment
+from vac_ddp.data.normalization import Values, normalize
 from vac_ddp.data.randaugment import Op
 from vac_ddp.settings import AugmentSettings
 
@@ -28,8 +29,6 @@ ERASE_AREA = (0.02, 1 / 3)  # timm's defaults, which the VideoMAE recipe keeps
 ERASE_RATIO = (0.3, 1 / 0.3)
 
 HOST_PARAMETERS = ("flip", "ops", "values", "affine", "erase", "erase_seed")  # a loader leaves these in host memory
-
-Values = Sequence[float] | Tensor
 
 
 def draw_crop_box(
@@ -136,19 +135,6 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
-def normalise(clips: Tensor, mean: Values, std: Values, dtype: torch.dtype) -> Tensor:
-    """Clips (B, T, H, W, 3) uint8 as (B, T, 3, H, W) `dtype`: value / 255, minus `mean`, over `std` (3 values each).
-
-    The channels of a pixel stay neighbours in memory: one pass without a transposition, and `VideoMAE.embed` takes
-    patches out in long runs.
-    """
-    batch, frames, height, width, _ = clips.shape
-    mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
-    scale, shift = (_to(value.repeat(width), clips.device) for value in (1 / (255 * std), mean / std))
-    out = clips.reshape(batch, frames, height, width * 3).to(torch.float32, copy=True)
-    return out.mul_(scale).sub_(shift).to(dtype).view(clips.shape).permute(0, 1, 4, 2, 3)
-
-
 def augment_clips(
     clips: Tensor,
     params: dict[str, Tensor],
@@ -158,7 +144,7 @@ def augment_clips(
     std: Values,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Augmented and normalised clips.
+    """Augmented and normalized clips.
 
     Parameters
     ----------
@@ -180,7 +166,7 @@ def augment_clips(
 
     """
     if len(clips) == 0:
-        return normalise(clips, mean, std, dtype)
+        return normalize(clips, mean, std, dtype)
     host = {name: params[name].cpu() for name in HOST_PARAMETERS}
     flipped = host["flip"].nonzero()[:, 0].tolist()
     if flipped:
@@ -194,7 +180,7 @@ def augment_clips(
             for part in _chunks(list(zip(rows, slots, strict=True)), planar.device):
                 _operate(planar, kind, [row for row, _ in part], [slot for _, slot in part], host)
         clips = planar.permute(0, 1, 3, 4, 2)
-    out = normalise(clips, mean, std, dtype)
+    out = normalize(clips, mean, std, dtype)
     if augment.erase > 0:
         _erase(out, host["erase"].tolist(), host["erase_seed"].tolist())
     return out
@@ -246,7 +232,7 @@ def _replace(all_clips: Tensor, rows: list[int], operation: Callable[..., Tensor
 
 
 def _erase(clips: Tensor, boxes: list[list[int]], seeds: list[int]) -> None:
-    """Put noise of mean 0 and deviation 1 into the boxes (top, left, height, width) of normalised clips, in place."""
+    """Put noise of mean 0 and deviation 1 into the boxes (top, left, height, width) of normalized clips, in place."""
     t, c = clips.shape[1:3]
     for rows in _chunks([row for row, box in enumerate(boxes) if box[2]], clips.device):
         sizes = [t * c * boxes[row][2] * boxes[row][3] for row in rows]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vac_ddp.data.augment import normalise
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
+from vac_ddp.data.normalization import normalize
 from vac_ddp.data.pack import is_pack, read_facts
 from vac_ddp.data.scan import looks_labelled
 from vac_ddp.errors import UserError
@@ -55,7 +55,7 @@ def make_probes(config: Config, loaded: Loaded, data: str | None) -> tuple[list[
             raise
         return probes, [f"not compared on real clips: {error}"]
     mean, std = tuple(loaded.mean), tuple(loaded.std)
-    probes.append((f"{len(clips)} real clips", normalise(clips, mean, std, torch.float32)))
+    probes.append((f"{len(clips)} real clips", normalize(clips, mean, std, torch.float32)))
     return probes, []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import videomae, videomae_weights, weight_files
-from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
+from vac_ddp.models.load_report import Loaded, LoadReport, generator, some
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.settings import ClipSettings, ModelSettings
 
@@ -29,12 +29,10 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
     if own is not None:
         return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
     model = build_model(settings, clip, len(classes), seed=seed)
-    mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
-    report = LoadReport(source="none", missing=list(model.state_dict()), mean=mean, std=std)
-    if settings.mean is not None or settings.std is not None:
-        report.normalisation = "of the settings"
+    report = LoadReport(source="none", missing=list(model.state_dict()))
+    report.set_normalization(settings, report.mean, report.std, report.normalisation)
     report.pooling, report.head = "mean of the tokens", f"drawn for {len(classes)} classes"
-    return Loaded(model=model, report=report, mean=mean, std=std)
+    return Loaded(model=model, report=report)
 
 
 def rebuild_model(
@@ -54,7 +52,7 @@ def rebuild_model(
         drop_path=settings.drop_path,
         head_dropout=settings.head_dropout,
     )
-    return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std), mean=mean, std=std)
+    return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std))
 
 
 def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int = 0) -> VideoModel:
@@ -155,7 +153,7 @@ def _load_own(
     loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture, stored=stored)
     report = put_own(loaded.model, source, classes)
     report.mean, report.std, report.normalisation = loaded.mean, loaded.std, "of the run"
-    return Loaded(model=loaded.model, report=report, mean=loaded.mean, std=loaded.std)
+    return Loaded(model=loaded.model, report=report)
 
 
 def put_own(model: VideoModel, source: weight_files.Source, classes: list[str]) -> LoadReport:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
-from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, some
+from vac_ddp.models.load_report import Loaded, LoadReport, some
 from vac_ddp.models.timm_backbone import seeded, silence
 from vac_ddp.models.torch_file import REMEDY as _REMEDY
 from vac_ddp.models.torch_file import first_line
@@ -161,8 +161,8 @@ def build_hf(
         report.notes.append(f"runs without random layers of its own ({', '.join(zeroed)})")
     if unused:
         report.notes.append(f"{len(unused)} tensors are not read when classifying and stay frozen: {some(unused, 3)}")
-    _set_normalisation(report, settings, source)
-    return Loaded(model=HFClassifier(net, unused=unused), report=report, mean=report.mean, std=report.std)
+    report.set_normalization(settings, *weight_files.normalization_of(source), "of the source's pre-processing")
+    return Loaded(model=HFClassifier(net, unused=unused), report=report)
 
 
 def _open(settings: ModelSettings) -> weight_files.Source:
@@ -327,15 +327,6 @@ def _zero_rates(config: Any) -> list[str]:
             setattr(config, name, type(value)(0))
             zeroed.append(f"{name} was {value:g}")
     return zeroed
-
-
-def _set_normalisation(report: LoadReport, settings: ModelSettings, source: weight_files.Source | None) -> None:
-    (mean, std), origin = weight_files.normalisation_of(source), "of the source's pre-processing"
-    if mean is None or std is None:
-        mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's; the source does not say"
-    if settings.mean is not None or settings.std is not None:
-        mean, std, origin = settings.mean or mean, settings.std or std, "of the settings"
-    report.mean, report.std, report.normalisation = tuple(mean), tuple(std), origin
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.models import tensor_names
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.models.videomae import VideoMAE
+from vac_ddp.settings import ModelSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,6 +46,14 @@ class LoadReport:
     normalisation: str = "ImageNet's"
     notes: list[str] = field(default_factory=list)
 
+    def set_normalization(self, settings: ModelSettings, mean: Any, std: Any, origin: str) -> None:
+        """Mean and std of the settings where they give any, else those of `origin`, else (None) ImageNet's."""
+        if mean is None or std is None:
+            mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's; the source does not say"
+        if settings.mean is not None or settings.std is not None:
+            mean, std, origin = settings.mean or mean, settings.std or std, "of the settings"
+        self.mean, self.std, self.normalisation = tuple(mean), tuple(std), origin
+
     def as_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
         return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
@@ -76,15 +85,23 @@ def some(items: list[str], limit: int = 6) -> str:
 
 @dataclass(kw_only=True)
 class Loaded:
-    """A model ready to train or predict, what its load did, and what its pixels are normalised with.
+    """A model ready to train or predict, and what its load did.
 
     architecture: plain types; saved beside the weights it lets `load_model` build the same model again.
     """
 
     model: VideoModel
     report: LoadReport
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel that pixels are normalized with, as a fraction of 255."""
+        return self.report.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Std of each channel that pixels are normalized with, as a fraction of 255."""
+        return self.report.std
 
     @property
     def architecture(self) -> dict[str, Any]:

@@ -287,4 +287,4 @@ def finish(model: FrameModel, report: LoadReport, new: str) -> Loaded:
     report.covered = old / total
     report.missing = [n for n, _ in model.named_parameters() if not (report.used and n.startswith("backbone."))]
     report.notes.append(f"new: {new}")
-    return Loaded(model=model, report=report, mean=report.mean, std=report.std)
+    return Loaded(model=model, report=report)

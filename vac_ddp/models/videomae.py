@@ -146,7 +146,7 @@ class VideoMAE(VideoModel):
         """Tokens (B, N, D) with their positions.
 
         The convolution's kernel is its stride: cutting the patches out and one matrix product are faster. They are cut
-        with the channels of a pixel as neighbours, as `normalise` leaves them in memory: in runs of a patch's row.
+        with the channels of a pixel as neighbours, as `normalize` leaves them in memory: in runs of a patch's row.
         """
         batch, frames, channels, height, width = clips.shape
         t, p = self.arch.tubelet, self.arch.patch

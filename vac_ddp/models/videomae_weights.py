@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import tensor_names, videomae
-from vac_ddp.models.load_report import IMAGENET_MEAN, IMAGENET_STD, Loaded, LoadReport, generator, some
+from vac_ddp.models.load_report import Loaded, LoadReport, generator, some
 from vac_ddp.models.video_model import init_head
 from vac_ddp.models.videomae import Architecture, VideoMAE
-from vac_ddp.models.weight_files import Source, normalisation_of
+from vac_ddp.models.weight_files import Source, normalization_of, video_processor
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 # width, depth, heads, MLP width, patch of the published models (V1 appendix; giant: V2)
@@ -82,8 +82,8 @@ def load_videomae(
     report.qv_biases = _bias_text(source, found)
     head_eps = arch.head_eps if arch.pooling == "mean" else arch.eps
     report.eps = f"{arch.eps:g} in the blocks, {head_eps:g} before the classifier"
-    mean, std = _normalisation(source, settings, clip, report)
-    return Loaded(model=model, report=report, mean=mean, std=std)
+    _set_normalization(source, settings, clip, report)
+    return Loaded(model=model, report=report)
 
 
 # ---------------------------------------------------------------- what the source is
@@ -384,22 +384,14 @@ def _draw_new(model: VideoMAE, drawn: set[str], seed: int, head_scale: float) ->
         init_head(model.head, scale=head_scale, generator=generator(seed))
 
 
-def _normalisation(
-    source: Source, settings: ModelSettings, clip: ClipSettings, report: LoadReport
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _set_normalization(source: Source, settings: ModelSettings, clip: ClipSettings, report: LoadReport) -> None:
     """Mean and std by settings, else by the source, else ImageNet's, which the official models were trained with."""
-    said = source.processor or {}
-    said = said.get("video_processor") or said.get("image_processor") or said
-    (mean, std), origin = normalisation_of(source), "of the source's pre-processing"
+    (mean, std), origin = normalization_of(source), "of the source's pre-processing"
     if source.architecture is not None:
         mean, std, origin = source.architecture.get("mean"), source.architecture.get("std"), "of the run"
-    if mean is None or std is None:
-        mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's; the source does not say"
-    if settings.mean is not None or settings.std is not None:
-        mean, std, origin = settings.mean or mean, settings.std or std, "of the settings"
+    report.set_normalization(settings, mean, std, origin)
+    said = video_processor(source)
     size = said.get("crop_size") or said.get("size") or {}
     trained = size.get("shortest_edge") or size.get("height") if isinstance(size, dict) else size
     if isinstance(trained, int) and trained != clip.size:
         report.notes.append(f"the source's pre-processing makes {trained} pixels, clips here have {clip.size}")
-    report.mean, report.std, report.normalisation = tuple(mean), tuple(std), origin
-    return report.mean, report.std

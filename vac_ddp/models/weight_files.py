@@ -110,7 +110,7 @@ class HubConfig(TypedDict):
 class Processor(TypedDict):
     """What is read of a preprocessor_config.json, and of the parts that processor_config.json has."""
 
-    image_mean: NotRequired[Any]  # see `normalisation_of`
+    image_mean: NotRequired[Any]  # see `normalization_of`
     image_std: NotRequired[Any]
     size: NotRequired[int | dict[str, Any] | None]
     crop_size: NotRequired[int | dict[str, Any] | None]
@@ -287,13 +287,18 @@ def _read_object(path: Path, kind: Any) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def normalisation_of(source: Source | None) -> tuple[Any, Any]:
+def video_processor(source: Source) -> dict[str, Any]:
+    """The part of the pre-processing beside the weights that is for videos or images."""
+    said = source.processor or {}
+    return said.get("video_processor") or said.get("image_processor") or said
+
+
+def normalization_of(source: Source | None) -> tuple[Any, Any]:
     """(mean, std) of the pre-processing beside the weights, None twice where it does not say both.
 
     UserError where they are not three numbers each.
     """
-    said = (source.processor if source else None) or {}
-    said = said.get("video_processor") or said.get("image_processor") or said
+    said = video_processor(source) if source is not None else {}
     mean, std = said.get("image_mean"), said.get("image_std")
     if source is None or mean is None or std is None:
         return None, None

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vac_ddp.data.augment import normalise
 from vac_ddp.data.loader import TestBatch
+from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import UserError
 from vac_ddp.models import VideoModel
 from vac_ddp.settings import ClipSettings
@@ -219,7 +219,7 @@ class _Stream:
         full = self.size // self.views * self.views
         if scorer.pad and count < full:
             clips = torch.cat([clips, clips.new_zeros(full - count, *clips.shape[1:])])
-        pixels = normalise(clips, scorer.mean, scorer.std, torch.float32)
+        pixels = normalize(clips, scorer.mean, scorer.std, torch.float32)
         enabled = scorer.autocast is not None
         with torch.autocast(scorer.device.type, dtype=scorer.autocast or torch.bfloat16, enabled=enabled):
             return scorer.model(pixels).float()[:count]

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from vac_ddp.data.augment import normalise
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.loader import TestBatch, test_loader, to_device
+from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import UserError
 from vac_ddp.models.precision import autocast as autocast_to
 from vac_ddp.report.tracker import Tracker
@@ -74,7 +74,7 @@ def video_logits(
             advance(len(batch.places))
             parts = []
             for clips in batch.clips.flatten(0, 1).split(clips_per_gpu):
-                pixels = normalise(clips, mean, std, torch.float32)
+                pixels = normalize(clips, mean, std, torch.float32)
                 with autocast_to(device, autocast):
                     logits = model(pixels).float()
                     parts.append((logits + model(pixels.flip(-1)).float()) / 2 if flip else logits)
