@@ -11,9 +11,10 @@ from PIL import Image
 from tests.runs import one_line
 from tests.support import environment, shared
 from vac_ddp import cli, config
-from vac_ddp.commands import init_command
+from vac_ddp.checks import check
 from vac_ddp.data.index import open_index
 from vac_ddp.data.split import make_split
+from vac_ddp.init import dataset_metadata
 from vac_ddp.settings import Config, DataSettings
 
 
@@ -39,7 +40,7 @@ def run(*words: str | Path) -> int:
 
 def read(path: Path) -> Config:
     read_back = config.read_yaml(path)
-    config.check(read_back)
+    check(read_back)
     return read_back
 
 
@@ -47,7 +48,7 @@ def read(path: Path) -> Config:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(init_command, "_gpus", list)
+    monkeypatch.setattr(dataset_metadata, "_gpus", list)
     return tmp_path
 
 
@@ -104,9 +105,9 @@ def test_known_grammars_are_named(here: Path) -> None:
 
 def test_with_a_gpu_pretrained_weights_are_tuned(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(here / "data", PIECES, frames=40, width=75)
-    monkeypatch.setattr(init_command, "_gpus", lambda: ["NVIDIA H200"])
+    monkeypatch.setattr(dataset_metadata, "_gpus", lambda: ["NVIDIA H200"])
     monkeypatch.setattr(
-        init_command, "choose_weights", lambda gpu, videos: (init_command.TUNED if gpu else None, "test")
+        dataset_metadata, "choose_weights", lambda gpu, videos: (dataset_metadata.TUNED if gpu else None, "test")
     )
     assert run("data") == 0
     c = read(here / "train.yaml")
@@ -115,7 +116,9 @@ def test_with_a_gpu_pretrained_weights_are_tuned(here: Path, monkeypatch: pytest
     assert (c.optim.lr, c.optim.base_lr, c.optim.layer_decay) == (2e-5, None, 0.75)
     assert c.train.epochs >= 10
     assert c.model.mean is None
-    monkeypatch.setattr(init_command, "choose_weights", lambda gpu, videos: (init_command.SELF_SUPERVISED, "test"))
+    monkeypatch.setattr(
+        dataset_metadata, "choose_weights", lambda gpu, videos: (dataset_metadata.SELF_SUPERVISED, "test")
+    )
     assert run("data", "--out", "large.yaml") == 0
     large = read(here / "large.yaml")
     assert (large.optim.lr, large.optim.base_lr, large.train.epochs) == (None, 5e-4, 30)
@@ -130,15 +133,15 @@ def test_weights_are_chosen_by_what_can_be_had(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda hub, name: "path" if hub in cached else None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(services, "answers", lambda url: False)
-    assert init_command.choose_weights(False, 100)[0] is None
-    assert init_command.choose_weights(True, 100)[0] is None
+    assert dataset_metadata.choose_weights(False, 100)[0] is None
+    assert dataset_metadata.choose_weights(True, 100)[0] is None
     monkeypatch.setattr(services, "answers", lambda url: True)
-    assert init_command.choose_weights(True, 100)[0] == init_command.TUNED
-    assert init_command.choose_weights(True, 200_000)[0] == init_command.SELF_SUPERVISED
+    assert dataset_metadata.choose_weights(True, 100)[0] == dataset_metadata.TUNED
+    assert dataset_metadata.choose_weights(True, 200_000)[0] == dataset_metadata.SELF_SUPERVISED
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert init_command.choose_weights(True, 100)[0] is None
-    cached.append(init_command.TUNED)
-    assert init_command.choose_weights(True, 100)[0] == init_command.TUNED
+    assert dataset_metadata.choose_weights(True, 100)[0] is None
+    cached.append(dataset_metadata.TUNED)
+    assert dataset_metadata.choose_weights(True, 100)[0] == dataset_metadata.TUNED
 
 
 def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
