@@ -12,9 +12,9 @@ import torch
 
 from tests.frame_data import MemoryVideos, jpeg, write_video
 from vac_ddp.audio import spectrogram
+from vac_ddp.audio.sounds import Sounds
 from vac_ddp.audit.inspection import inspect_video
 from vac_ddp.cli import main
-from vac_ddp.commands.audio_command import Sounds
 from vac_ddp.data.frames import read_clip
 from vac_ddp.data.index import open_index
 from vac_ddp.settings import DataSettings

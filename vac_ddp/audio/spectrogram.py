@@ -11,6 +11,7 @@ import functools
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,13 +128,15 @@ def mask(spectrograms: Tensor, rngs: list[np.random.Generator]) -> Tensor:
 class SoundModel(nn.Module):
     """Samples (B, S) int16 to logits (B, K): log-mel, normalised by the training part's mean and deviation, timm."""
 
+    level: Tensor  # (2,) float32, mean and deviation
+
     def __init__(self, settings: SoundSettings, classes: int, *, seed: int) -> None:
         super().__init__()
         self.settings = settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = _backbone(settings, classes)
-        self.register_buffer("level", torch.zeros(2))  # mean and deviation
+        self.register_buffer("level", torch.zeros(2))
         self.level[1] = 1.0
 
     def spectrograms(self, samples: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def _backbone(settings: SoundSettings, classes: int) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise UserError(f"--backbone {name}: timm has no such model" + (f"; near: {', '.join(near)}" if near else ""))
-    words = {"pretrained": settings.pretrained, "in_chans": 1, "num_classes": classes}
+    words: dict[str, Any] = {"pretrained": settings.pretrained, "in_chans": 1, "num_classes": classes}
     default = timm.get_pretrained_cfg(name)
     if default is not None and default.fixed_input_size:
         words["img_size"] = (settings.mels, settings.columns)
