@@ -15,7 +15,6 @@ Every job is saved and queued again when it is preempted or its time is up, as w
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 import shlex
@@ -32,6 +31,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run from a clone that is not installed
 
 from vac_ddp import errors, files  # noqa: E402
+from vac_ddp.commands import job_plan  # noqa: E402
+from vac_ddp.commands.job_plan import Plan  # noqa: E402
 from vac_ddp.errors import UserError  # noqa: E402
 from vac_ddp.runtime import torchrun  # noqa: E402
 from vac_ddp.runtime.ranks import restarts  # noqa: E402
@@ -186,59 +187,19 @@ class Failed(Exception):
 # ---------------------------------------------------------------- what is to be run
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The commands of each job, and the command that puts their results together (None: there is nothing to)."""
-
-    jobs: list[list[tuple[str, list[str]]]]
-    finish: list[str] | None = None
-
-
 def make_plan(options: argparse.Namespace) -> Plan:
     """What was asked for as jobs. UserError for settings that training would refuse."""
-    module, words = os.environ.get("VAC_MODULE", "vac_ddp.train"), options.words
+    words = options.words
+    if options.what == "sweep":
+        return job_plan.sweep(words, options.grid or [])
+    if options.what == "kfold":
+        if not options.folds:
+            raise UserError("kfold needs --folds K, and a test folder in --data")
+        return job_plan.kfold(words, folds=options.folds, seeds=options.seeds, data=options.data)
     if options.what == "predict":
         return Plan(jobs=[[("vac_ddp.predict", ["--", *words])]])
-    if options.what == "sweep":
-        return _sweep(options, module, words)
-    base = _run_dir(words)
-    if options.what == "train":
-        return Plan(jobs=[[(module, words)]])
-    return _kfold(options, module, words, base)
-
-
-def _run_dir(words: list[str]) -> Path:
-    """Where these settings put their run; UserError for settings that training would refuse."""
-    from vac_ddp.arguments import parse_settings
-
-    return Path(parse_settings(words).config.run.dir)
-
-
-def _kfold(options: argparse.Namespace, module: str, words: list[str], base: Path) -> Plan:
-    from vac_ddp.commands import ensemble_command
-
-    if not options.folds:
-        raise UserError("kfold needs --folds K, and a test folder in --data")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    jobs = []
-    for member in ensemble_command.plan(base, folds=options.folds, seeds=seeds):
-        predict = ["--", "--run", str(member.folder)]
-        out = str(ensemble_command.prediction_folder(member, options.data))
-        commands = [(module, [*words, *member.words]), ("vac_ddp.predict", [*predict, "--part", "val"])]
-        jobs.append([*commands, ("vac_ddp.predict", [*predict, "--data", options.data, "--out", out])])
-    how = ["--score-only", "--folds", str(options.folds), "--seeds", options.seeds, "--data", options.data]
-    return Plan(jobs=jobs, finish=["ensemble", *how, "--nproc", "1", *words])
-
-
-def _sweep(options: argparse.Namespace, module: str, words: list[str]) -> Plan:
-    if not options.grid or not all("=" in axis for axis in options.grid):
-        raise UserError("sweep needs --grid setting=value,value ... (and -- before the words for training)")
-    jobs, runs = [], []
-    for values in itertools.product(*(axis.partition("=")[2].split(",") for axis in options.grid)):
-        chosen = [f"{axis.partition('=')[0]}={value}" for axis, value in zip(options.grid, values, strict=True)]
-        runs.append(str(_run_dir([*words, *chosen]) / "_".join(chosen).replace("/", "-")))
-        jobs.append([(module, [*words, *chosen, f"run.dir={runs[-1]}", "run.resume=auto"])])
-    return Plan(jobs=jobs, finish=["table", *runs])
+    job_plan.run_dir(words)
+    return Plan(jobs=[[(job_plan.train_module(), words)]])
 
 
 # ---------------------------------------------------------------- the launcher

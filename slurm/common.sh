@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 #
 #   start_ranks MODULE WORD...   one torchrun a node, until they end; sets `status` to the run's exit status, or to none
+#   read_plan kfold|sweep ...    sets `jobs`, `names`, `results` and `finish`: vac_ddp/commands/job_plan.py
 #   may_go_on                    decides by `status`: returns when it is 0 (or 3), else queues the job again, or ends it
 #
 # Settings (environment):
@@ -89,6 +90,15 @@ start_ranks() {
     else
         message="the ranks ended without a word (srun: $code)"
     fi
+}
+
+# A job is lines that call start_ranks and may_go_on.
+# shellcheck disable=SC2034
+read_plan() {
+    local plan
+    plan=$("$python" -m vac_ddp.commands.job_plan "$@") || exit 2
+    jobs=() names=() results=() finish=()
+    eval "$plan"
 }
 
 job_state() { scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1; }

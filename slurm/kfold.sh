@@ -32,25 +32,16 @@
 # shellcheck source=slurm/common.sh
 source "${VAC_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 
-folds=${FOLDS:-$SLURM_ARRAY_TASK_MAX} seed=${SEED:-0} test=${TEST:-data_test} fold=$SLURM_ARRAY_TASK_ID
-base=runs/default
-for word in "$@"; do [ "${word%%=*}" != run.dir ] || base=${word#run.dir=}; done
-name=$(basename "$(realpath -m "$test")")
-[ "$name" != val ] || name="test" # val: the fold's own part
-member() { printf '%s/fold%sof%s_seed%s' "$base" "$1" "$folds" "$seed"; }
+folds=${FOLDS:-$SLURM_ARRAY_TASK_MAX} fold=$SLURM_ARRAY_TASK_ID
+read_plan kfold --folds "$folds" --seeds "${SEED:-0}" --data "${TEST:-data_test}" -- "$@"
+[ "$fold" -le ${#jobs[@]} ] || { say "task $fold, and ${#jobs[@]} folds: sbatch --array=1-${#jobs[@]}"; exit 2; }
+eval "${jobs[fold - 1]}"
 
-start_ranks "${VAC_MODULE:-vac_ddp.train}" "$@" "seed=$seed" "data.fold=$fold/$folds" "run.dir=$(member "$fold")" run.resume=auto
-may_go_on
-start_ranks vac_ddp.predict -- --run "$(member "$fold")" --part val
-may_go_on
-start_ranks vac_ddp.predict -- --run "$(member "$fold")" --data "$test" --out "$(member "$fold")/predictions/$name"
-may_go_on
-
-for ((other = 1; other <= folds; other++)); do
-    if [ ! -e "$(member "$other")/predictions/$name/views.npz" ]; then
+for ((other = 1; other <= ${#jobs[@]}; other++)); do
+    if [ ! -e "${results[other - 1]}" ]; then
         say "fold $fold is done; fold $other is not yet, the last one to finish scores them together"
         exit 0
     fi
 done
 say "all $folds folds are done: scoring them together"
-"$python" -m vac_ddp.cli ensemble --score-only --folds "$folds" --seeds "$seed" --data "$test" --nproc 1 "$@"
+"$python" -m vac_ddp.cli "${finish[@]}"

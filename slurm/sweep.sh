@@ -35,37 +35,19 @@ GRID=${GRID:-"optim.lr=1e-4,5e-4"}
 source "${VAC_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 
 read -ra axes <<<"$GRID"
-# `chosen` gets the words of combination N (from 1), `count` the number of them; the last setting changes fastest.
-choose() {
-    local place values rest=$(($1 - 1))
-    chosen=() count=1
-    for ((place = ${#axes[@]} - 1; place >= 0; place--)); do
-        IFS=, read -ra values <<<"${axes[place]#*=}"
-        chosen=("${axes[place]%%=*}=${values[rest % ${#values[@]}]}" "${chosen[@]}")
-        rest=$((rest / ${#values[@]})) count=$((count * ${#values[@]}))
-    done
-    local words="${chosen[*]}"
-    run=$base/$(printf %s "${words// /_}" | tr / -)
-}
-base=runs/default
-for word in "$@"; do [ "${word%%=*}" != run.dir ] || base=${word#run.dir=}; done
-choose "$SLURM_ARRAY_TASK_ID"
-if [ "$SLURM_ARRAY_TASK_ID" -gt "$count" ] || [ "$SLURM_ARRAY_TASK_MAX" -lt "$count" ]; then
+read_plan sweep --grid "${axes[@]}" -- "$@"
+task=$SLURM_ARRAY_TASK_ID count=${#jobs[@]}
+if [ "$task" -gt "$count" ] || [ "$SLURM_ARRAY_TASK_MAX" -lt "$count" ]; then
     say "GRID has $count combinations, the array $SLURM_ARRAY_TASK_MIN-$SLURM_ARRAY_TASK_MAX: sbatch --array=1-$count slurm/sweep.sh ..."
     exit 2
 fi
+eval "${jobs[task - 1]}"
+touch "${results[task - 1]}"
 
-start_ranks "${VAC_MODULE:-vac_ddp.train}" "$@" "${chosen[@]}" "run.dir=$run" run.resume=auto
-may_go_on
-touch "$run/trained"
-
-runs=()
 for ((other = 1; other <= count; other++)); do
-    choose "$other"
-    runs+=("$run")
-    if [ ! -e "$run/trained" ]; then
-        say "done; ${chosen[*]} is not yet, the last one to finish prints the table"
+    if [ ! -e "${results[other - 1]}" ]; then
+        say "done; ${names[other - 1]} is not yet, the last one to finish prints the table"
         exit 0
     fi
 done
-"$python" -m vac_ddp.cli table "${runs[@]}"
+"$python" -m vac_ddp.cli "${finish[@]}"

@@ -15,7 +15,7 @@ import pytest
 
 from tests.runs import Workplace, make_videos
 from tests.support import environment
-from vac_ddp.commands import ensemble_command
+from vac_ddp.commands import ensemble_command, job_plan
 from vac_ddp.errors import UserError
 from vac_ddp.results.logits_file import Views, read_views
 
@@ -34,13 +34,13 @@ def views(ids: list[str], logits: list[list[float]], labels: list[int], classes:
 
 
 def test_members_are_every_fold_of_every_seed() -> None:
-    made = ensemble_command.plan(Path("runs/x"), folds=2, seeds=[0, 7])
+    made = job_plan.members(Path("runs/x"), folds=2, seeds=[0, 7])
     assert [m.folder.name for m in made] == ["fold1of2_seed0", "fold2of2_seed0", "fold1of2_seed7", "fold2of2_seed7"]
     assert made[3].words == ("seed=7", "data.fold=2/2", "run.dir=runs/x/fold2of2_seed7", "run.resume=auto")
-    assert [m.words[0] for m in ensemble_command.plan(Path("x"), folds=None, seeds=[3, 4])] == ["seed=3", "seed=4"]
+    assert [m.words[0] for m in job_plan.members(Path("x"), folds=None, seeds=[3, 4])] == ["seed=3", "seed=4"]
     for words in ({"folds": 1, "seeds": [0]}, {"folds": 2, "seeds": [1, 1]}):
         with pytest.raises(UserError):
-            ensemble_command.plan(Path("x"), **words)
+            job_plan.members(Path("x"), **words)
 
 
 def test_a_video_that_two_members_held_out_gets_the_mean_of_both() -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,16 @@ from vac_ddp.runtime.torchrun import save_time_words
 HAS_SAVE_TIME = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
 
 PARSE = """
-import json, sys
+import json, os, sys
 from torch.distributed.run import config_from_args, parse_args
 config, _, words = config_from_args(parse_args(sys.argv[1:]))
 found = {"nodes": [config.min_nodes, config.max_nodes], "ranks": config.nproc_per_node, "id": config.run_id,
          "signals": config.signals_to_handle, "endpoint": config.rdzv_endpoint, "conf": config.rdzv_configs,
          "save": getattr(config, "shutdown_timeout", None), "words": words}
 print("parsed " + json.dumps(found, default=str))
+if os.environ.get("TOLD"):
+    with open(os.environ["VAC_STATUS_FILE"], "w") as stream:
+        json.dump({"status": int(os.environ["TOLD"]), "message": "told"}, stream, indent=1)
 """
 
 
@@ -54,7 +58,8 @@ def sbatch(tmp_path: Path, name: str, *words: str, **extra: str) -> subprocess.C
     executable(bin_ / "scontrol", '#!/bin/sh\n[ "$2" = hostnames ] && echo n1\n')
     executable(
         bin_ / "python",
-        f'#!/bin/sh\n[ "$2" = torch.distributed.run ] || exec {real} "$@"\nshift 2\n'
+        f'#!/bin/sh\n[ "$2" != vac_ddp.cli ] || exec echo "vac $*"\n'
+        f'[ "$2" = torch.distributed.run ] || exec {real} "$@"\nshift 2\n'
         f'exec {real} {shlex.quote(str(tmp_path / "parse.py"))} "$@"\n',
     )
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "VAC_HOME": str(REPO)}
@@ -85,6 +90,43 @@ def test_torchrun_takes_what_the_templates_say(tmp_path: Path, name: str, words:
     assert "SIGUSR1" in found["signals"]
     assert found["save"] == (77 if HAS_SAVE_TIME else None)
     assert ("kills ranks 30 s after a signal" in done.stderr) == (not HAS_SAVE_TIME)
+
+
+def started(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """The module and words of every torchrun, one after the other."""
+    lines = [line.removeprefix("parsed ") for line in done.stdout.splitlines() if line.startswith("parsed ")]
+    return [json.loads(line)["words"] for line in lines]
+
+
+def test_a_fold_is_trained_and_predicted_and_the_last_one_scores_all(tmp_path: Path) -> None:
+    folders = [tmp_path / "a b" / f"fold{fold}of3_seed4" for fold in (1, 2, 3)]
+    for folder in folders:
+        (folder / "predictions" / "test").mkdir(parents=True)
+        (folder / "predictions" / "test" / "views.npz").touch()
+    words = ["train.epochs=2", f"run.dir={tmp_path / 'a b'}"]
+    task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "3", "SEED": "4", "TEST": "x/test", "TOLD": "0"}
+    done = sbatch(tmp_path, "kfold.sh", *words, **task)
+    assert done.returncode == 0, done.stdout + done.stderr
+    train, val, test = started(done)
+    assert train[-6:] == [*words, "seed=4", "data.fold=2/3", f"run.dir={folders[1]}", "run.resume=auto"]
+    assert val[-4:] == ["--run", str(folders[1]), "--part", "val"]
+    assert test[-4:] == ["--data", "x/test", "--out", str(folders[1] / "predictions" / "test")]
+    assert done.stdout.splitlines()[-1].startswith("vac -m vac_ddp.cli ensemble --score-only --folds 3 --seeds 4 ")
+
+
+def test_a_sweep_trains_its_combination(tmp_path: Path) -> None:
+    grid = {"GRID": "optim.lr=1e-3,1e-4 seed=0,1", "TOLD": "0"}
+    task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
+    done = sbatch(tmp_path, "sweep.sh", "run.dir=s", **task, **grid)
+    own = ["optim.lr=1e-3", "seed=1", "run.dir=s/optim.lr=1e-3_seed=1", "run.resume=auto"]
+    assert started(done)[0][-5:] == ["run.dir=s", *own]
+    assert "done; optim.lr=1e-3 seed=0 is not yet" in done.stdout
+    shutil.rmtree(tmp_path / "bin")
+    done = sbatch(tmp_path, "sweep.sh", "run.dir=s", **(task | {"SLURM_ARRAY_TASK_MAX": "2"}), **grid)
+    assert done.returncode == 2 and "sbatch --array=1-4" in done.stdout
+    shutil.rmtree(tmp_path / "bin")
+    done = sbatch(tmp_path, "sweep.sh", "train.epoch=3", **task, **grid)
+    assert done.returncode == 2 and "train.epoch" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_count_of_restarts_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.runs import Workplace
 from tests.support import REPO, environment
 from vac_ddp import errors
 from vac_ddp.arguments import parse_settings
-from vac_ddp.commands import ensemble_command
+from vac_ddp.commands import job_plan
 from vac_ddp.errors import UserError
 
 SCRIPT = REPO / "launch" / "submitit_train.py"
@@ -34,7 +34,7 @@ def launcher() -> ModuleType:
 def test_folds_and_seeds_are_the_members_of_an_ensemble(launcher: ModuleType) -> None:
     words = ["kfold", "--folds", "2", "--seeds", "0,3", "--data", "x/test", "--", "run.dir=runs/f", "train.epochs=2"]
     plan = launcher.make_plan(launcher.parse(words))
-    members = ensemble_command.plan(Path("runs/f"), folds=2, seeds=[0, 3])
+    members = job_plan.members(Path("runs/f"), folds=2, seeds=[0, 3])
     assert len(plan.jobs) == 4
     for commands, member in zip(plan.jobs, members, strict=True):
         (train, trained), (_, val), (predict, test) = commands
@@ -96,7 +96,7 @@ def test_folds_are_trained_and_scored_on_this_machine(tmp_path: Path) -> None:
     assert done.stdout.count("ended with status 0") == 2
     assert "top-1 of 2 members: mean" in done.stdout and "deviation" in done.stdout
     assert (tmp_path / "folds" / "ensemble" / "submission.csv").exists()
-    for member in ensemble_command.plan(tmp_path / "folds", folds=2, seeds=[0]):
+    for member in job_plan.members(tmp_path / "folds", folds=2, seeds=[0]):
         assert (member.folder / "predictions" / "data_test" / "views.npz").exists()
 
 

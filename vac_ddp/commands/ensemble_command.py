@@ -22,7 +22,8 @@ import numpy as np
 
 from vac_ddp import errors
 from vac_ddp.arguments import ArgumentParser, number, parse_settings, take_nproc
-from vac_ddp.commands import score_command, train_command
+from vac_ddp.commands import job_plan, score_command, train_command
+from vac_ddp.commands.job_plan import Command, Member
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.files import write_text
 from vac_ddp.results import averaging, evaluation, submission
@@ -36,29 +37,6 @@ FORWARDED = {
     **{number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)},
     signal.SIGHUP: signal.SIGTERM,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One run of the ensemble: its directory, and the settings in which it differs from the others."""
-
-    folder: Path
-    words: tuple[str, ...]
-
-
-def plan(base: Path, *, folds: int | None, seeds: Sequence[int]) -> list[Member]:
-    """The members, seed by seed and fold by fold. UserError for fewer than two folds, or a seed given twice."""
-    if folds is not None and folds < 2:
-        raise UserError(f"--folds {folds}: at least 2, or leave it out for members that differ by their seed only")
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {','.join(map(str, seeds))}: a seed is there twice, and would give the same member")
-    made = []
-    for seed in seeds:
-        for fold in range(1, folds + 1) if folds else [None]:
-            name = f"fold{fold}of{folds}_seed{seed}" if fold else f"seed{seed}"
-            words = [f"seed={seed}", *([f"data.fold={fold}/{folds}"] if fold else [])]
-            made.append(Member(folder=base / name, words=(*words, f"run.dir={base / name}", "run.resume=auto")))
-    return made
 
 
 @dataclass(kw_only=True)
@@ -105,32 +83,37 @@ def main(argv: list[str] | None = None) -> int:
     ranks, rest = take_nproc(list(argv or []))
     options, words = _parse(rest)
     config = parse_settings(words, program="vac ensemble", about=ABOUT).config
-    seeds = _seeds(options.seeds) if options.seeds else [config.seed]
-    members = plan(Path(config.run.dir).expanduser(), folds=options.folds, seeds=seeds)
+    seeds = job_plan.seeds_of(options.seeds) if options.seeds else [config.seed]
+    members = job_plan.members(Path(config.run.dir).expanduser(), folds=options.folds, seeds=seeds)
     validated = _check(options, config, [*words, *members[0].words], ranks)
     out = Path(options.out) if options.out else Path(config.run.dir) / "ensemble"
-    findings = 0
-    with children() as run:
-        for number, member in enumerate([] if options.score_only else members, start=1):
-            print(f"member {number} of {len(members)}: {member.folder}", flush=True)
-            predict = ["predict", "--nproc", str(ranks), "--run", str(member.folder)]
-            predict += [word for word in words if word.startswith("predict.")]
-            for command in (
-                ["train", "--nproc", str(ranks), *words, *member.words],
-                *([[*predict, "--part", "val"]] if validated else []),
-                [*predict, "--data", options.data, "--out", str(prediction_folder(member, options.data))],
-            ):
-                status = run(command)
-                if status == errors.INTERRUPTED:
-                    raise Interrupted(f"{member.folder} was interrupted: the same command goes on from there")
-                if status not in (errors.DONE, errors.FINDINGS):
-                    print(f"vac: {member.folder}: vac {command[0]} ended with status {status}", file=sys.stderr)
-                    return status if status > 0 else 128 - status
-                findings |= status
+    status = errors.DONE
+    if not options.score_only:
+        commands = [job_plan.member_commands(member, words, options.data, validated=validated) for member in members]
+        status = _run_members(members, commands, ranks)
+    if status not in (errors.DONE, errors.FINDINGS):
+        return status
     files = [read_views(member.folder / "predictions" / "val") for member in members] if validated else []
     score_command.main(_score_words(options, members, out, [str(file.path) for file in files]))
     if files:
         _summarise(members, files, out, averaging.method_for(files, options.method))
+    return status
+
+
+def _run_members(members: Sequence[Member], commands: Sequence[Sequence[Command]], ranks: int) -> int:
+    """Run the commands of all members; 0 or 3, or the status of one that failed. Raises Interrupted."""
+    findings = errors.DONE
+    with children() as run:
+        for number, (member, own) in enumerate(zip(members, commands, strict=True), start=1):
+            print(f"member {number} of {len(members)}: {member.folder}", flush=True)
+            for program, words in own:
+                status = run([program, "--nproc", str(ranks), *words])
+                if status == errors.INTERRUPTED:
+                    raise Interrupted(f"{member.folder} was interrupted: the same command goes on from there")
+                if status not in (errors.DONE, errors.FINDINGS):
+                    print(f"vac: {member.folder}: vac {program} ended with status {status}", file=sys.stderr)
+                    return status if status > 0 else 128 - status
+                findings |= status
     return findings
 
 
@@ -168,13 +151,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, words
 
 
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds {text}: expected whole numbers with commas, as 0,1,2") from None
-
-
 def _check(options: argparse.Namespace, config: Config, first: list[str], ranks: int) -> bool:
     """Everything that can be told before hours of training; returns whether members have a validation part."""
     from vac_ddp.data.data_kind import kind_of
@@ -194,15 +170,9 @@ def _check(options: argparse.Namespace, config: Config, first: list[str], ranks:
     return validated
 
 
-def prediction_folder(member: Member, data: str) -> Path:
-    """Where a member's prediction of the test folder goes."""
-    name = Path(data).expanduser().resolve().name
-    return member.folder / "predictions" / ("test" if name == "val" else name)  # val: the member's own part
-
-
 def _score_words(options: argparse.Namespace, members: Sequence[Member], out: Path, validation: list[str]) -> list[str]:
     """The words of the `vac score` that puts the members together."""
-    words = [str(prediction_folder(member, options.data)) for member in members]
+    words = [str(job_plan.prediction_folder(member, options.data)) for member in members]
     words += ["--no-table", "--out", str(out), *(["--method", options.method] if options.method else [])]
     words += ["--sample", options.sample] if options.sample else []
     words += [f"--{options.choose}", *validation] if options.choose != "mean" else []
