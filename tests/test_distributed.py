@@ -50,6 +50,42 @@ d.end(0)
 """
 
 
+ALL_REDUCE = """
+import os, torch
+from benchmarks.common import our_training, random_batch, settings_for
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from vac_ddp.runtime import distributed as d
+
+d.start(torch.device("cpu"), timeout_s=60)
+torch.set_num_threads(1)
+sizes, found = {"width": 32, "depth": 2, "heads": 2}, []
+for accumulation in (1, 4):
+    config = settings_for(sizes, frames=4, size=32, clips=2, compile=False)
+    config.train.global_batch = 2 * d.world_size() * accumulation
+    ours, reduced = our_training(config, torch.device("cpu")), [0]
+
+    def hook(_, bucket):
+        reduced[0] += bucket.buffer().nbytes
+        return default_hooks.allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    ours.stepper.network.register_comm_hook(None, hook)
+    batch = random_batch(config, ours, 2 * accumulation)
+    ours.stepper.run([batch], step=0, samples=config.train.global_batch, lr=1e-6, began=0.0)
+    found.append(reduced[0])
+assert found == 2 * [4 * sum(p.numel() for p in ours.stepper.model.parameters() if p.requires_grad)], found
+os.write(1, b"good\\n")
+d.end(0)
+"""
+
+
+def test_gradients_are_reduced_once_a_step_however_many_micro_batches(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ALL_REDUCE, encoding="utf-8")
+    done = torchrun(2, program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["good"] * 2
+
+
 def test_rows_counts_and_errors_reach_everyone(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.common import our_training, settings_for
-from benchmarks.scaling import random_batch
+from benchmarks.common import our_training, random_batch, settings_for
 from tests.runs import Workplace
 from tests.support import environment
 from vac_ddp.errors import UserError

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.common import Stopwatch, our_training, ratio, settings_for
 from benchmarks.peers import hf_model
-from benchmarks.scaling import step_seconds
 from benchmarks.train_step import check_same
 from tests.support import REPO, environment
 from vac_ddp.files import read_json
@@ -66,20 +65,6 @@ def test_the_peer_computes_the_same() -> None:
         theirs.classifier.weight.mul_(2)
     with pytest.raises(AssertionError, match="differ"):
         check_same(ours, theirs, torch.device("cpu"))
-
-
-def test_steps_of_many_gpus_follow_the_written_model() -> None:
-    """Against the formulas, worked out by hand for 16 GPUs: 13 buckets of 25 MiB, a ring of 10 GB/s, no latency."""
-    gradient, whole = 13 * (25 << 20), 2 * 15 / 16 * 13 * (25 << 20) / 10e9
-    common = {"clips": 32, "rate": 320.0, "gradient": gradient, "bandwidth": 10e9, "latency": 0.0}
-    hidden = 2 / 3 * 0.1 * 12 / 13
-    step, efficiency = step_seconds(16, accumulation=1, **common)
-    assert step == pytest.approx(0.1 + max(whole - hidden, whole / 13))
-    assert efficiency == pytest.approx(0.1 / step)
-    longer, better = step_seconds(16, accumulation=4, **common)
-    assert longer == pytest.approx(0.4 + max(whole - hidden, whole / 13))
-    assert better > efficiency
-    assert step_seconds(1, accumulation=2, **common) == (0.2, 1.0)
 
 
 def test_a_stopwatch_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
