@@ -12,6 +12,7 @@ import contextlib
 import io
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from vac_ddp.errors import UNPRINTABLE, one_line
@@ -52,6 +53,16 @@ def printable_values(value: Any) -> Any:
 
 def _code(found: re.Match[str]) -> str:
     return "\\x5c" if found[0] == "\\" else one_line(found[0])
+
+
+def listed(names: Sequence[str], limit: int) -> str:
+    """The first `limit` names, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def encoded(text: str) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.data.extraction import Options, extract
 from vac_ddp.errors import DONE, FINDINGS
+from vac_ddp.text import listed
 
 NAMED = 20
 MAX_RATE = 1000.0  # frames per second
@@ -55,8 +56,7 @@ def main(argv: list[str]) -> int:
     summary = extract(given.videos, given.out, options, workers=workers, progress=sys.stderr.isatty())
     print(f"extracted {summary.extracted} videos, {summary.frames} frames" + _there(summary.there))
     if summary.other:
-        some = ", ".join(summary.other[:5]) + (", ..." if len(summary.other) > 5 else "")
-        print(f"{len(summary.other)} files are no videos and were left alone: {some}")
+        print(f"{len(summary.other)} files are no videos and were left alone: {listed(summary.other, 5)}")
     _print_files("are damaged and were left alone", [(o.name, o.problem or "") for o in summary.damaged])
     _print_files(
         "are damaged; the frames that decode are extracted",

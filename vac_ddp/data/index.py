@@ -23,7 +23,7 @@ from vac_ddp.data.scan import Scan, layout, scan_root, unchanged
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.settings import DataSettings
-from vac_ddp.text import escaped
+from vac_ddp.text import escaped, listed
 
 _NAMED = 5
 _LONGEST = 1000  # characters of a class name: CSV readers take fields of 131,072
@@ -328,8 +328,7 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
 
 
 def _named(found: Scan, bad: np.ndarray) -> str:
-    some = ", ".join(f"{escaped(found.names[i])} ({scanning.STATES[found.states[i]]})" for i in bad[:_NAMED])
-    return some + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+    return listed([f"{escaped(found.names[i])} ({scanning.STATES[found.states[i]]})" for i in bad], _NAMED)
 
 
 def why_bad(index: Index, found: Scan, bad: np.ndarray) -> str:

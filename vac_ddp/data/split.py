@@ -18,7 +18,7 @@ from vac_ddp.data.official_lists import TEST, TRAIN, official_parts, read_offici
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.settings import DataSettings
-from vac_ddp.text import encoded, printable
+from vac_ddp.text import encoded, listed, printable
 
 COLUMNS = ("video", "class", "source", "part")
 PARTS = ("train", "val", "unused")
@@ -211,15 +211,13 @@ def split_rows(path: Path) -> list[tuple[str, str, str, str]]:
 
 
 def _same_videos(path: Path, videos: list[str], names: list[str], index: Index) -> None:
-    listed, there = set(videos), set(names)
-    if len(listed) < len(videos):
+    written, there = set(videos), set(names)
+    if len(written) < len(videos):
         raise UserError(f"{path} names a video twice: it is not as it was written")
     gone = [name for name in videos if name not in there]
-    new = [name for name in names if name not in listed]
+    new = [name for name in names if name not in written]
     for some, what in ((gone, f"of {path} are not in {index.root}"), (new, f"of {index.root} are not in {path}")):
         if some:
-            more = f" and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
             raise UserError(
-                f"{len(some)} videos {what} ({', '.join(some[:_NAMED])}{more}): "
-                "bring the data back as it was, or begin a new run"
+                f"{len(some)} videos {what} ({listed(some, _NAMED)}): bring the data back as it was, or begin a new run"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp.settings import Config
+from vac_ddp.text import listed
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FIGURES = {
@@ -114,13 +115,11 @@ def _data(card: Card) -> str:
     else:
         split = f"{data.val_fraction:.0%} held out, videos of one source on one side (sources by {data.group_by})"
     lines = ["## Data", "", f"- Videos: `{Path(data.train).name}`" + (f" ({counts})" if counts else "")]
-    lines += [f"- Split: {split}, seed {card.config.seed}", f"- Classes ({len(card.classes)}): {_listed(card.classes)}"]
+    lines += [
+        f"- Split: {split}, seed {card.config.seed}",
+        f"- Classes ({len(card.classes)}): {listed([f'`{name}`' for name in card.classes], 120)}",
+    ]
     return "\n".join(lines)
-
-
-def _listed(classes: list[str], limit: int = 120) -> str:
-    more = f" and {len(classes) - limit} more" if len(classes) > limit else ""
-    return ", ".join(f"`{name}`" for name in classes[:limit]) + more
 
 
 def _recipe(card: Card) -> str:

@@ -14,6 +14,7 @@ from vac_ddp.models import tensor_names
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.models.videomae import VideoMAE
 from vac_ddp.settings import ModelSettings
+from vac_ddp.text import listed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,8 +80,7 @@ class LoadReport:
 
 def some(items: list[str], limit: int = 6) -> str:
     """A count and the first few of many names."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return f"{len(items)}: {', '.join(items[:limit])}{more}"
+    return f"{len(items)}: {listed(items, limit)}"
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,7 @@ from vac_ddp.models.video_model import VideoModel, add_branch, classify, drop_ra
 from vac_ddp.models.weight_files import Source
 from vac_ddp.schema import fault
 from vac_ddp.settings import ModelSettings
+from vac_ddp.text import listed
 
 if TYPE_CHECKING:
     from timm.models import vision_transformer as timm_vit
@@ -190,7 +191,7 @@ def load_tensors(model: nn.Module, source: Source) -> LoadReport:
     other = [name for name in own if name in state and state[name].shape != own[name].shape]
     for names, what in ((missing, "lacks"), (other, "has in another shape")):
         if names:
-            shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            shown = listed(names, 4)
             raise UserError(f"{source.asked} {what} {len(names)} of {len(own)} tensors of the backbone: {shown}")
     used = {name: value for name, value in state.items() if name in own}
     model.load_state_dict(used, strict=False)

@@ -39,6 +39,7 @@ from vac_ddp.runtime.ranks import say
 from vac_ddp.runtime.signals import StopRequest
 from vac_ddp.scoring.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
 from vac_ddp.settings import Config
+from vac_ddp.text import listed
 
 NAMED = 5
 TOP = 5
@@ -91,10 +92,9 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
         failed = distributed.main_first(lambda: write_results(out, config, request.sample), list)
     failed = distributed.broadcast_object(failed)
     if failed:
-        shown = ", ".join(failed[:NAMED]) + (", ..." if len(failed) > NAMED else "")
         raise Findings(
             f"{len(failed)} of {len(index)} videos have no frame that can be decoded, or no finite logits, and got the "
-            f"class prior: {shown}"
+            f"class prior: {listed(failed, NAMED)}"
         )
 
 

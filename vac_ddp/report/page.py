@@ -21,6 +21,7 @@ from vac_ddp.results import averaging, evaluation
 from vac_ddp.results.logits_file import Views
 from vac_ddp.results.metrics import log_softmax
 from vac_ddp.schema import read_json
+from vac_ddp.text import listed
 from vac_ddp.version import VERSION
 
 PAIRS, EXAMPLES, MISTAKES = 6, 2, 6
@@ -105,7 +106,7 @@ def _load_lines(run: Path) -> list[str]:
         if value in (None, "", [], 0) or isinstance(value, dict) or name == "format":
             continue
         if isinstance(value, list) and value and isinstance(value[0], str):
-            value = f"{len(value)}: {', '.join(value[:6])}{', ...' if len(value) > 6 else ''}"
+            value = f"{len(value)}: {listed(value, 6)}"
         elif isinstance(value, list):
             value = " ".join(f"{x:g}" for x in value)
         elif isinstance(value, float):

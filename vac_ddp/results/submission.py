@@ -12,7 +12,7 @@ import numpy as np
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.results.metrics import log_softmax, top_classes
-from vac_ddp.text import printable
+from vac_ddp.text import listed, printable
 
 HEADER = ("id", "class")
 _CELL = re.compile(r'[ \t]*"(?:[^"]|"")*"[ \t]*|[^,\r\n]*')
@@ -254,8 +254,7 @@ def _columns(header: list[str], classes: Sequence[str], where: str) -> _Columns:
         return _Columns(id=id_column, answer=headed, classes={})
     if len(others) == 1:
         return _Columns(id=id_column, answer=others[0], classes={})
-    some = ", ".join(header[column] for column in others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
-    known = ", ".join(classes[:_SHOWN]) + (", ..." if len(classes) > _SHOWN else "")
+    some, known = listed([header[column] for column in others], _SHOWN), listed(classes, _SHOWN)
     raise UserError(
         f"{where} has the columns {some} beside the id, and the classes are {known or 'not known'}: expected a column "
         "class or label, or one for every class, headed by its name"
@@ -309,9 +308,8 @@ def _like(cell: str, value: str) -> str:
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
     what = "the id" if len(names) == 1 else f"{len(names)} ids:"
-    return f"{what} {shown}" + (", ..." if len(names) > most else "")
+    return f"{what} {listed([repr(name) for name in names], most)}"
 
 
 def scores_text(names: Sequence[str], scores: np.ndarray, classes: Sequence[str], *, top: int = 5) -> str:
