@@ -17,6 +17,7 @@ from tests.runs import Workplace, make_videos
 from tests.support import environment
 from vac_ddp.commands import ensemble_command, job_plan
 from vac_ddp.errors import UserError
+from vac_ddp.results import ensemble
 from vac_ddp.results.logits_file import Views, read_views
 
 
@@ -44,13 +45,11 @@ def test_members_are_every_fold_of_every_seed() -> None:
 
 
 def test_a_video_that_two_members_held_out_gets_the_mean_of_both() -> None:
-    pooled = ensemble_command.pool(
-        [views(["u", "v"], [[2, 0], [0, 4]], [0, 1]), views(["v", "w"], [[2, 0], [5, 1]], [1, 0])]
-    )
+    pooled = ensemble.pool([views(["u", "v"], [[2, 0], [0, 4]], [0, 1]), views(["v", "w"], [[2, 0], [5, 1]], [1, 0])])
     np.testing.assert_allclose(pooled.scores, [[2, 0], [1, 2], [5, 1]])
     assert pooled.labels.tolist() == [0, 1, 0]
     with pytest.raises(UserError, match="other classes"):
-        ensemble_command.pool([views(["u"], [[2, 0]], [0]), views(["v"], [[2, 0]], [0], classes="ba")])
+        ensemble.pool([views(["u"], [[2, 0]], [0]), views(["v"], [[2, 0]], [0], classes="ba")])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from vac_ddp import config as settings_io
-from vac_ddp.commands.soup_command import main, mean_state
+from vac_ddp.commands.soup_command import main
 from vac_ddp.errors import UserError
 from vac_ddp.models import file_state, load_model
+from vac_ddp.models.soup import mean_state
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 
 CLASSES = ["climb", "pick", "wave"]

@@ -7,16 +7,9 @@ started again goes on where it was, and a member that is finished is not trained
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 
@@ -24,63 +17,21 @@ from vac_ddp import errors
 from vac_ddp.arguments import ArgumentParser, number, parse_settings, take_nproc
 from vac_ddp.commands import job_plan, score_command, train_command
 from vac_ddp.commands.job_plan import Command, Member
+from vac_ddp.data.data_kind import kind_of
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.files import write_text
-from vac_ddp.results import averaging, evaluation, submission
+from vac_ddp.results import averaging, ensemble, evaluation, submission
 from vac_ddp.results.logits_file import Views, read_views
+from vac_ddp.runtime.children import children
 from vac_ddp.settings import Config
 
 ABOUT = "Train grouped folds and seeds, predict with every member, and score their views together."
 OWN = ("seed", "data.fold", "run.resume", "run.overwrite")  # settings that the members get from here
-# Handed down to the member that runs; a terminal that went away asks it to save and end as well.
-FORWARDED = {
-    **{number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)},
-    signal.SIGHUP: signal.SIGTERM,
-}
 
 
-@dataclass(kw_only=True)
-class Pooled:
-    """Scores (V, K) of videos by the members that did not train on them, with labels (V,) and sources."""
-
-    scores: np.ndarray
-    labels: np.ndarray
-    sources: list[str]
-
-
-def pool(files: Sequence[Views], *, method: averaging.Method = "mean-logits") -> Pooled:
-    """Put the validation parts of all members together: a video that several held out gets the mean of their scores.
-
-    UserError where they do not have the same classes in the same order.
-    """
-    found: dict[str, list[np.ndarray]] = {}
-    known: dict[str, tuple[int, str]] = {}
-    for file in files:
-        if file.classes != files[0].classes:
-            raise UserError(f"{file.path} has other classes than {files[0].path}: they are no members of one ensemble")
-        for name, label, source, row in zip(
-            file.ids,
-            file.labels.tolist(),
-            file.sources,
-            averaging.average_views(file.logits, method=method),
-            strict=True,
-        ):
-            found.setdefault(name, []).append(row)
-            known[name] = (label, source)
-    combined = [averaging.combine([r[None] for r in rows], [1.0] * len(rows), method=method) for rows in found.values()]
-    return Pooled(
-        scores=np.concatenate(combined),
-        labels=np.array([label for label, _ in known.values()], np.int64),
-        sources=[source for _, source in known.values()],
-    )
-
-
-# ---------------------------------------------------------------- the program
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Train, predict and score all members; returns the exit status. Raises UserError and Interrupted."""
-    ranks, rest = take_nproc(list(argv or []))
+    ranks, rest = take_nproc(argv)
     options, words = _parse(rest)
     config = parse_settings(words, program="vac ensemble", about=ABOUT).config
     seeds = job_plan.seeds_of(options.seeds) if options.seeds else [config.seed]
@@ -153,8 +104,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _check(options: argparse.Namespace, config: Config, first: list[str], ranks: int) -> bool:
     """Everything that can be told before hours of training; returns whether members have a validation part."""
-    from vac_ddp.data.data_kind import kind_of
-
     if kind_of(Path(options.data).expanduser()) not in ("test", "labelled"):
         raise UserError(f"--data {options.data} is one video: an ensemble scores a folder of videos")
     if options.sample:
@@ -195,57 +144,9 @@ def _summarise(members: Sequence[Member], files: Sequence[Views], out: Path, met
     top1 = [one.metrics.top1 for one in found]
     spread = f", deviation {np.std(top1, ddof=1):.4f}" if len(top1) > 1 else ""
     print(f"top-1 of {len(top1)} members: mean {np.mean(top1):.4f}{spread}\n")
-    pooled = pool(files, method=method)
+    pooled = ensemble.pool(files, method=method)
     whole = evaluation.evaluate(pooled.scores, pooled.labels, files[0].classes, pooled.sources)
     print("every held-out video, by the members that did not train on it")
     print("\n".join(evaluation.lines(whole)))
     write_text(out / "members.csv", "\n".join(table) + "\n")
     evaluation.write_evaluation(out / "held_out", whole)
-
-
-# ---------------------------------------------------------------- processes
-
-
-@contextmanager
-def children() -> Iterator[Any]:
-    """A function that runs `vac WORDS...` in a process of its own and returns its status; signals go down to it.
-
-    Each is in a session of its own, so that a key press reaches it once, by way of this process. After a signal none
-    is started any more: the function raises Interrupted.
-    """
-    child: subprocess.Popen[bytes] | None = None
-    asked = 0
-
-    def hand_down(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = number
-        if child is not None and child.poll() is None:
-            child.send_signal(FORWARDED[signal.Signals(number)])
-
-    def run(words: Sequence[str]) -> int:
-        nonlocal child
-        if not asked:
-            environment = {name: value for name, value in os.environ.items() if name != "VAC_STATUS_FILE"}
-            child = subprocess.Popen(
-                [sys.executable, "-m", "vac_ddp.cli", *words], env=environment, start_new_session=True
-            )
-            if asked:  # it came while the process was being made
-                child.send_signal(FORWARDED[signal.Signals(asked)])
-            status = child.wait()
-            before_it_listened = asked and status == -FORWARDED[signal.Signals(asked)]
-            if not (asked and status in (errors.DONE, errors.FINDINGS)) and not before_it_listened:
-                return status
-        raise Interrupted(f"{signal.Signals(asked).name}: the same command goes on from here")
-
-    before = {number: signal.signal(number, hand_down) for number in FORWARDED}
-    try:
-        yield run
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

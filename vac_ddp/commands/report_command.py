@@ -10,7 +10,7 @@ from vac_ddp.files import sha256
 from vac_ddp.report.page import read_split, write_report
 from vac_ddp.results.logits_file import NAME, Views, read_views
 
-ABOUT = "`vac report RUN`: write RUN/report.html, one file with everything a run has to show."
+ABOUT = "Write RUN/report.html, one file with everything a run has to show."
 
 
 def main(argv: list[str]) -> int:

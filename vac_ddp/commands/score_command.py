@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vac_ddp.arguments import ArgumentParser
 from vac_ddp.errors import UserError
 from vac_ddp.files import whole_folder, write_json, write_text
-from vac_ddp.results import averaging, evaluation, submission
+from vac_ddp.results import averaging, ensemble, evaluation, submission
 from vac_ddp.results.logits_file import Views, read_views
 
 ABOUT = "Average the views, and the models, of predictions that `vac predict` left in views files."
@@ -45,7 +46,7 @@ class Fitted:
     how: str
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Read, average, print the figures that labels allow, and write what --out asks for. Raises UserError."""
     options = _parser().parse_args(argv)
     files = [read_views(path) for path in options.views]
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if _data(file) != _data(files[0]):
             print(f"note: {file.path} was made of {_data(file)}, {files[0].path} of {_data(files[0])}", file=sys.stderr)
     labels = aligned.labels
-    logits = [part[:, _picked(file, options.subset)] for part, file in zip(aligned.logits, files, strict=True)]
+    logits = [part[:, ensemble.picked(file, options.subset)] for part, file in zip(aligned.logits, files, strict=True)]
     fitted = _fit(options, files)
     scores = [
         averaging.average_views(part, method=options.method, temperature=temperature)
@@ -87,40 +88,22 @@ def _data(file: Views) -> str:
     return str(file.about.get("fingerprint", {}).get("data"))
 
 
-def _picked(file: Views, words: Sequence[str] | None) -> np.ndarray:
-    return averaging.select_views(file.views, words) if words else np.arange(len(file.views))
-
-
 def _fit(options: argparse.Namespace, files: Sequence[Views]) -> Fitted:
     """Weights and temperatures, from the command line or from validation."""
     chosen = [name for name in ("weights", "greedy", "fit") if getattr(options, name)]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} both set the weights: give one of them")
+    how: dict[str, Any] = {"method": options.method, "subset": options.subset}
     temperatures = [1.0] * len(files)
     if options.temperature_from:
-        for number, file in enumerate(_validation_files(options.temperature_from, files)):
-            part, labels = file.logits[:, _picked(file, options.subset)], file.labels
-            known = labels >= 0
-            temperatures[number] = averaging.fit_temperature(part[known], labels[known], method=options.method)
-    if not chosen or options.weights:
-        weights = _numbers(options.weights) if options.weights else [1.0] * len(files)
-        weights = averaging.row_weights(weights, len(files), 1)[:, 0]
-        return Fitted(weights=weights, temperatures=temperatures, how="")
-    validation = _validation_files(options.greedy or options.fit, files)
-    aligned = averaging.align(validation)
-    known = aligned.labels >= 0
-    labels, absent = aligned.labels[known], aligned.absent[:, known]
-    scores = [
-        averaging.average_views(part[known][:, _picked(file, options.subset)], method=options.method, temperature=t)
-        for part, file, t in zip(aligned.logits, validation, temperatures, strict=True)
-    ]
-    choose = averaging.greedy_weights if options.greedy else averaging.fit_weights
-    weights = choose(scores, labels, method=options.method, absent=absent)
-    best = max(averaging.top1(part, labels) for part in scores)
-    mixed = averaging.top1(averaging.combine(scores, weights, method=options.method, absent=absent), labels)
-    verb = "chosen" if options.greedy else "fitted"
-    how = f"{verb} on validation: top-1 {mixed:.4f} there, best single {best:.4f}"
-    return Fitted(weights=weights, temperatures=temperatures, how=how)
+        temperatures = ensemble.fit_temperatures(_validation_files(options.temperature_from, files), **how)
+    if options.greedy or options.fit:
+        validation = _validation_files(options.greedy or options.fit, files)
+        weights, text = ensemble.choose_weights(validation, temperatures, greedy=bool(options.greedy), **how)
+        return Fitted(weights=weights, temperatures=temperatures, how=text)
+    given = _numbers(options.weights) if options.weights else [1.0] * len(files)
+    weights = averaging.row_weights(given, len(files), 1)[:, 0]
+    return Fitted(weights=weights, temperatures=temperatures, how="")
 
 
 def _validation_files(paths: Sequence[str], files: Sequence[Views]) -> list[Views]:
@@ -191,9 +174,3 @@ def _write(
         write_json(folder / "ensemble.json", about)
         if found is not None:
             evaluation.write_evaluation(folder, found)
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))
