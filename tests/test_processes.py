@@ -19,13 +19,13 @@ from vac_ddp.data import loader_processes
 # The child of the first fork never leaves os.fork(), as with a lock of the interpreter that another thread had held.
 STUCK = """
 import os, sys, threading
-from vac_ddp.data import processes
-processes.FIRST_WAIT_S = 0.2
+from vac_ddp.data import loader_processes
+loader_processes.FIRST_WAIT_S = 0.2
 forks = []
 os.register_at_fork(before=lambda: forks.append(1))
 os.register_at_fork(after_in_child=lambda: len(forks) <= int(sys.argv[1]) and threading.Event().wait())
 from torch.utils.data import DataLoader
-loader = DataLoader(range(6), batch_size=2, num_workers=2, multiprocessing_context=processes.LoaderContext())
+loader = DataLoader(range(6), batch_size=2, num_workers=2, multiprocessing_context=loader_processes.LoaderContext())
 print([batch.tolist() for batch in loader])
 print(len(forks))
 """
