@@ -8,7 +8,6 @@ less confident of two models drowns.
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 
 from vac_ddp import config as settings_io
@@ -21,7 +20,7 @@ from vac_ddp.errors import Findings, UserError
 from vac_ddp.settings import Config
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Read the sounds, train, write weights and views files. Raises UserError, and Findings for damaged sounds."""
     options, config = _parse(argv)
     damaged = train_and_predict(options, config, functools.partial(print, flush=True))
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: list[str] | None) -> tuple[SoundOptions, Config]:
+def _parse(argv: list[str]) -> tuple[SoundOptions, Config]:
     parser = ArgumentParser(
         prog="vac audio",
         description="Train a classifier of log-mel spectrograms, and predict with it.",
@@ -76,9 +75,3 @@ def _parse(argv: list[str] | None) -> tuple[SoundOptions, Config]:
         overwrite=given.overwrite,
     )
     return options, config
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

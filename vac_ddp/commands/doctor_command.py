@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from vac_ddp.arguments import parse_settings
 from vac_ddp.doctor.advice import advice, limits
 from vac_ddp.doctor.examination import examine
@@ -11,9 +9,8 @@ from vac_ddp.doctor.examination import examine
 ABOUT = "Measure this machine in a minute; say what will hold a run with these settings back, and what changes that."
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """`vac doctor [--config NAME] [group.name=value ...]`."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     config = parse_settings(argv, program="vac doctor", about=ABOUT).config
     measured = examine(config, print)
     print("\nwith these settings, clips/s of this machine:")
@@ -23,9 +20,3 @@ def main(argv: list[str] | None = None) -> int:
     for line in [*advice(measured, config), *measured.notes]:
         print(line)
     return 0
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

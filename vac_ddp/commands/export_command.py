@@ -12,7 +12,7 @@ ABOUT = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Export and print what was written and compared; UserError for what cannot be."""
     parser = ArgumentParser(prog="vac export", description=ABOUT)
     parser.add_argument("run", help="run directory, or its best_<model>.pt")

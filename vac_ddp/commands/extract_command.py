@@ -76,7 +76,3 @@ def _print_files(title: str, files: list[tuple[str, str]]) -> None:
 
 def _there(count: int) -> str:
     return f"; {count} were there" if count else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from vac_ddp.arguments import ArgumentParser
@@ -13,7 +12,7 @@ from vac_ddp.init.settings_file import summary, write_settings
 ABOUT = "Look at a folder of frames and write settings with comments that fit it. Asks nothing, overwrites nothing."
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Look, write, check that it would train, and say what was found and what to type next."""
     parser = ArgumentParser(prog="vac init", description=ABOUT)
     parser.add_argument("data", metavar="DATA", help="<class>/<video>/*.jpg, a packed set, or a CSV (path,label)")
@@ -34,9 +33,3 @@ def main(argv: list[str] | None = None) -> int:
     for command in (["vac", "audit", options.data, *words], ["vac", "train", "--config", str(out)]):
         print(f"  {shlex.join(command)}")
     return 0
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from vac_ddp.arguments import ArgumentParser, number
@@ -13,7 +12,7 @@ from vac_ddp.errors import UserError
 ABOUT = "Make a motion data set to try everything out; its classes differ in the order of their frames only."
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Write the data set, or say that it is there. Raises UserError."""
     options = _parser().parse_args(argv)
     recipe = Recipe(
@@ -54,9 +53,3 @@ def _parser() -> ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"{meaning} (default: {value})")
     add("--workers", type=number(int, low=0, high=1024), metavar="N", help="processes (default: the cores there are)")
     return parser
-
-
-if __name__ == "__main__":
-    from vac_ddp.runtime.exit_status import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))
