@@ -31,7 +31,8 @@ def by_loop(clips: torch.Tensor, partner: list[int], samples: list[dict[str, np.
     """The definition, clip by clip and frame by frame."""
     out = clips.clone()
     for i, j in enumerate(partner):
-        lam, (top, bottom, left, right) = float(samples[i]["mix_keep"]), samples[i]["mix_box"].tolist()
+        lam, (top, left, height, width) = float(samples[i]["mix_keep"]), samples[i]["mix_box"].tolist()
+        bottom, right = top + height, left + width
         for t in range(clips.shape[1]):
             if samples[i]["mix_cut"]:
                 out[i, t, :, top:bottom, left:right] = clips[j, t, :, top:bottom, left:right]
@@ -64,7 +65,8 @@ def test_the_box_is_timms_for_the_same_centre(lam, centre, monkeypatch):
             assert high == (12 if len(self.values) == 2 else 20)
             return self.values.pop(0)
 
-    assert cutmix_box(Chosen(), lam, 12, 20) == tuple(map(int, expected))
+    top, left, height, width = cutmix_box(Chosen(), lam, 12, 20)
+    assert (top, top + height, left, left + width) == tuple(map(int, expected))
 
 
 def test_draws_follow_the_settings():
@@ -80,9 +82,9 @@ def test_draws_follow_the_settings():
     assert mixup.mean() == pytest.approx(0.5, abs=0.03)
     assert mixup.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.1)  # of Beta(0.8, 0.8)
     boxes = np.array([draw["mix_box"] for draw in draws])
-    areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+    areas = boxes[:, 2] * boxes[:, 3]
     assert (boxes >= 0).all()
-    assert (boxes <= size).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= size).all()
     assert (areas[~cut] == 0).all()
     np.testing.assert_allclose(keep[cut], 1 - areas[cut] / size**2, atol=1e-6)
     assert {draw["mix_box"].shape for draw in draws} == {(4,)}
@@ -119,14 +121,14 @@ def test_frames_are_mixed_as_timm_mixes_images(cut, monkeypatch):
 
     images = clips_of(4, frames=1, height=12, width=12)[:, 0]
     reference = mixup.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5, label_smoothing=0.1)
-    box, lam = (2, 9, 5, 12), 0.3
+    box, lam = (2, 9, 5, 12), 0.3  # top, bottom, left, right
     monkeypatch.setattr(reference, "_params_per_batch", lambda: (lam, cut))
     monkeypatch.setattr(mixup, "rand_bbox", lambda shape, lam, count=None: box)
     labels = torch.tensor([3, 0, 1, 4])
     expected, targets = reference(images.clone(), labels)
 
     share = 1 - 49 / 144 if cut else lam
-    one = params(keep=share, box=box if cut else (0, 0, 0, 0), cut=cut)
+    one = params(keep=share, box=(2, 5, 7, 7) if cut else (0, 0, 0, 0), cut=cut)
     clips = images[:, None].expand(-1, 6, -1, -1, -1).contiguous()
     partner = torch.arange(4).flip(0)
     ours, keep = mix(clips, partner, collate([one] * 4))
@@ -148,7 +150,7 @@ def test_cutmix_labels_what_it_replaces():
 
 def test_a_clip_alone_stays_as_it_is():
     clips = clips_of(2)
-    for one in (params(keep=0.3), params(keep=0.5, box=(0, 6, 0, 12), cut=True)):
+    for one in (params(keep=0.3), params(keep=0.5, box=(0, 0, 6, 12), cut=True)):
         mixed, keep = mix(clips, torch.tensor([0, 1]), collate([one, one]))
         assert torch.equal(mixed, clips)
         assert keep.tolist() == [1.0, 1.0]
@@ -169,7 +171,7 @@ def test_the_channels_of_a_pixel_stay_neighbours_in_memory(cut: bool) -> None:
     """As `normalize` leaves them and the embedding takes them, with the values of clips laid out otherwise."""
     planar = clips_of(2)
     clips = planar.movedim(2, -1).contiguous().movedim(-1, 2)
-    batch = collate([params(keep=0.3, box=(2, 7, 1, 9), cut=cut)] * 2)
+    batch = collate([params(keep=0.3, box=(2, 1, 5, 8), cut=cut)] * 2)
     mixed, _ = mix(clips, torch.tensor([1, 0]), batch)
     assert mixed.movedim(2, -1).is_contiguous()
     assert torch.equal(mixed, mix(planar, torch.tensor([1, 0]), batch)[0])

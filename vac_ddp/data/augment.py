@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vac_ddp.data import pixels, randaugment
+from vac_ddp.data.frames import Box
 from vac_ddp.data.normalization import Values, normalize
 from vac_ddp.data.randaugment import Op
 from vac_ddp.settings import AugmentSettings
@@ -31,9 +32,7 @@ ERASE_RATIO = (0.3, 1 / 0.3)
 HOST_PARAMETERS = ("flip", "ops", "values", "affine", "erase", "erase_seed")  # a loader leaves these in host memory
 
 
-def draw_crop_box(
-    rng: np.random.Generator, augment: AugmentSettings, height: int, width: int
-) -> tuple[int, int, int, int]:
+def draw_crop_box(rng: np.random.Generator, augment: AugmentSettings, height: int, width: int) -> Box:
     """The random resized crop (top, left, height, width) in pixels of a frame of `height` x `width`.
 
     Area and log aspect ratio (width / height) are uniform; ten tries, then the largest centre crop within the ratios
@@ -96,7 +95,7 @@ def draw_parameters(
     }
 
 
-def draw_erase_box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
+def draw_erase_box(rng: np.random.Generator, size: int) -> Box:
     """A rectangle (top, left, height, width) of 2 % to 33 % of the area; ten tries, then an empty one (timm)."""
     for _ in range(10):
         area = size * size * rng.uniform(*ERASE_AREA)

@@ -29,6 +29,7 @@ from vac_ddp.runtime.torch_compat import resize_into
 
 _Made = TypeVar("_Made")
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+Size = tuple[int, int]  # height, width in pixels
 
 REDUCTIONS = (8, 4, 2)  # what libjpeg decodes at little cost (Wallace's DCT, scaled in the frequency domain)
 CHUNK_BYTES = 1 << 22  # decoded frames held for one resampling (measured best: 2 to 4 MiB)
@@ -196,18 +197,10 @@ def read_clip(
     tolerant : bool
         Of a damaged frame use what decodes before its neighbour.
 
-    Returns
-    -------
-    damaged : dict
-        What is wrong with the damaged frames that were met, by frame number. Each was replaced by the nearest good one.
-
-    Raises
-    ------
-    NoFrame
-        No frame of the video can be decoded.
+    Returns what is wrong with the damaged frames that were met, by frame number. Each was replaced by the nearest good
+    one. Raises NoFrame where no frame of the video can be decoded.
 
     """
-    size = out.shape[-2]
     source = FrameReader(read, n_frames, tolerant)
     frames = np.asarray(frames, dtype=np.int64)
     alone = len(out) == 1 or frames.size == frames.shape[-1]  # clips lie in `out` one behind the other
@@ -215,30 +208,43 @@ def read_clip(
     wanted, places = (frames.reshape(-1), None) if in_place else np.unique(frames, return_inverse=True)
     shape = source.use(int(wanted[0]), lambda data, _: frame_size(data))
     crops = list(boxes(*shape))
+    shape_of_all = (len(crops), len(wanted), *out.shape[-3:])
+    once = out.view(shape_of_all) if in_place else out.new_empty(shape_of_all)
+    _crop_frames(source, wanted, shape, crops, once, reduced=reduced)
+    if places is not None:
+        rows = torch.from_numpy(places.reshape(frames.shape))
+        for window in np.ndindex(frames.shape[:-1]):
+            for crop, clips in zip(once, out, strict=True):
+                torch.index_select(crop, 0, rows[window], out=clips[window])
+    return source.damaged
+
+
+def _crop_frames(
+    source: FrameReader, wanted: np.ndarray, shape: Size, crops: list[Box], out: torch.Tensor, *, reduced: bool
+) -> None:
+    """Put the crops of the frames `wanted` (n,) into `out` (R, n, size, size, 3); boxes are of a frame of `shape`."""
 
     @functools.cache
     def factor(height: int, width: int) -> int:
-        return reduction([scale_box(box, shape, (height, width)) for box in crops], size) if reduced else 1
+        scaled = [scale_box(box, shape, (height, width)) for box in crops]
+        return reduction(scaled, out.shape[-2]) if reduced else 1
 
     least = bounded_factor(*shape, factor(*shape))
     expected = (-(-shape[0] // least), -(-shape[1] // least), 3)
     chunk = min(len(wanted), max(1, CHUNK_BYTES // math.prod(expected)))
     buffer = _scratch(chunk, *expected)
     pixels, slots = torch.from_numpy(buffer), list(buffer)
-    shape_of_all = (len(crops), len(wanted), size, size, 3)
-    once = out.view(shape_of_all) if in_place else out.new_empty(shape_of_all)
 
     def resample(stack: torch.Tensor, end: int) -> None:
         count, height, width, _ = stack.shape
         for number, box in enumerate(crops):
-            resize_crop(stack, scale_box(box, shape, (height, width)), once[number, end - count : end])
+            resize_crop(stack, scale_box(box, shape, (height, width)), out[number, end - count : end])
 
     # All files, then all pictures, then all crops: each finds its code and data in the caches.
     for first in range(0, len(wanted), chunk):
         part = wanted[first : first + chunk].tolist()
-        files = source.fetch(part)
         held = 0
-        for number, (frame, file) in enumerate(zip(part, files, strict=True)):
+        for number, (frame, file) in enumerate(zip(part, source.fetch(part), strict=True)):
             slot = slots[held]
             if file is not None and plain_jpeg_size(file) == shape and decode_plain_jpeg(file, least, slot):
                 held += 1
@@ -255,9 +261,3 @@ def read_clip(
             resample(torch.from_numpy(image[None]), first + number + 1)
         if held:
             resample(pixels[:held], first + len(part))
-    if places is not None:
-        rows = torch.from_numpy(places.reshape(frames.shape))
-        for window in np.ndindex(frames.shape[:-1]):
-            for crop, clips in zip(once, out, strict=True):
-                torch.index_select(crop, 0, rows[window], out=clips[window])
-    return source.damaged

@@ -15,6 +15,10 @@ import select
 import signal
 from typing import Any
 
+# Typeshed lacks the methods that are overridden here.
+_ForkPopen: Any = multiprocessing.popen_fork.Popen
+_ForkProcess: Any = multiprocessing.context.ForkProcess
+
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FIRST_WAIT_S = 5.0  # doubled with every try: a busy machine is no reason to give up
 TRIES = 5
@@ -27,7 +31,7 @@ def ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
 
-class _Popen(multiprocessing.popen_fork.Popen):
+class _Popen(_ForkPopen):
     """A forked child that has said that it runs Python again."""
 
     def _launch(self, process_obj: LoaderProcess) -> None:
@@ -56,7 +60,7 @@ class _Popen(multiprocessing.popen_fork.Popen):
         raise RuntimeError(f"a loader process did not begin in {TRIES} tries; data.workers=0 does without them")
 
 
-class LoaderProcess(multiprocessing.context.ForkProcess):
+class LoaderProcess(_ForkProcess):
     """A process whose start waits until the child runs."""
 
     began: tuple[int, int]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vac_ddp.data.frames import Box
 from vac_ddp.settings import AugmentSettings
 
 
@@ -22,7 +23,7 @@ def draw_mixing(rng: np.random.Generator, augment: AugmentSettings, *, size: int
     mix_keep : () float32 in [0, 1]
         Share of a clip that stays its own: lambda of mixup, and for cutmix the area outside the box; 1: not mixed.
     mix_box : (4,) int64
-        top, bottom, left, right of the box that cutmix pastes; empty for mixup.
+        top, left, height, width of the box that cutmix pastes; empty for mixup.
     mix_cut : () bool
         Whether it is cutmix.
 
@@ -35,7 +36,7 @@ def draw_mixing(rng: np.random.Generator, augment: AugmentSettings, *, size: int
         keep = rng.beta(alpha, alpha)
         if cut:
             box = cutmix_box(rng, keep, size, size)
-            keep = 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / (size * size)
+            keep = 1.0 - box[2] * box[3] / (size * size)
     return {
         "mix_keep": np.array(keep, dtype=np.float32),
         "mix_box": np.array(box, dtype=np.int64),
@@ -43,17 +44,14 @@ def draw_mixing(rng: np.random.Generator, augment: AugmentSettings, *, size: int
     }
 
 
-def cutmix_box(rng: np.random.Generator, lam: float, height: int, width: int) -> tuple[int, int, int, int]:
-    """A box (top, bottom, left, right) of about (1 - lam) of the area around a uniform centre, cut at the borders."""
+def cutmix_box(rng: np.random.Generator, lam: float, height: int, width: int) -> Box:
+    """A box (top, left, height, width) of about (1 - lam) of the area around a uniform centre, cut at the borders."""
     ratio = np.sqrt(1.0 - lam)
     cut_height, cut_width = int(height * ratio), int(width * ratio)
     y, x = int(rng.integers(height)), int(rng.integers(width))
-    return (
-        max(y - cut_height // 2, 0),
-        min(y + (cut_height + 1) // 2, height),
-        max(x - cut_width // 2, 0),
-        min(x + (cut_width + 1) // 2, width),
-    )
+    top, bottom = max(y - cut_height // 2, 0), min(y + (cut_height + 1) // 2, height)
+    left, right = max(x - cut_width // 2, 0), min(x + (cut_width + 1) // 2, width)
+    return top, left, bottom - top, right - left
 
 
 def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -62,7 +60,7 @@ def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tens
     Parameters
     ----------
     clips : (B, T, C, H, W) float
-        Normalised clips; not changed. B may be 0.
+        Normalized clips; not changed. B may be 0.
     partner : (B,) int64
         Row of the partner; its own row: the clip stays as it is, whatever `params` say.
     params : dict of tensors
@@ -84,8 +82,9 @@ def mix(clips: Tensor, partner: Tensor, params: dict[str, Tensor]) -> tuple[Tens
 
     y = torch.arange(clips.shape[-2], device=device)
     x = torch.arange(clips.shape[-1], device=device)
-    rows = (y >= box[:, 0:1]) & (y < box[:, 1:2])
-    columns = (x >= box[:, 2:3]) & (x < box[:, 3:4])
+    top, left, height, width = box.split(1, dim=1)
+    rows = (y >= top) & (y < top + height)
+    columns = (x >= left) & (x < left + width)
     outside = ~(rows[:, :, None] & columns[:, None, :])
     own = torch.where(cut[:, None, None], outside.to(keep.dtype), keep[:, None, None])
     own = own[:, None, :, :, None]  # (B, 1, H, W, 1)
