@@ -139,7 +139,7 @@ def test_an_item_is_what_the_plan_says(index: object) -> None:
 
     settings = config(2)
     settings.data.reduced_decode = False
-    item = TrainClips(index, np.arange(13), settings, NOISE, settings.seed)[(3, 7, 9)]
+    item = TrainClips(index, np.arange(13), settings, NOISE, settings.seed).__getitems__([Key(3, 7, 9)])
     count = int(index.frame_counts[9])
     frames = train_frames(count, settings.clip, generator(11, 3, 7, FRAMES))
     for r, sample in enumerate((14, 15)):
@@ -147,14 +147,14 @@ def test_an_item_is_what_the_plan_says(index: object) -> None:
         for t, frame in enumerate(frames):
             image = Image.open(io.BytesIO(index.frame_bytes(9, int(frame)))).crop((left, top, left + w, top + h))
             expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)).astype(int)
-            assert np.abs(item["clips"][r, t].numpy() - expected).max() <= 1
+            assert np.abs(item.clips[r, t].numpy() - expected).max() <= 1
         drawn = draw_parameters(generator(11, 3, sample, AUGMENT), settings.augment, frames=4, size=16)
-        assert item["params"].keys() == drawn.keys()
-        assert all(np.array_equal(item["params"][name][r], value) for name, value in drawn.items())
-    assert item["samples"].tolist() == [14, 15]
-    assert item["labels"].tolist() == [int(index.labels[9])] * 2
-    assert item["noise"].shape == (2, NOISE)
-    assert item["noise"].dtype == torch.float32
+        assert item.params.keys() - {"partner", "mix_keep", "mix_box", "mix_cut"} == drawn.keys()
+        assert all(np.array_equal(item.params[name][r], value) for name, value in drawn.items())
+    assert item.samples.tolist() == [14, 15]
+    assert item.labels.tolist() == [int(index.labels[9])] * 2
+    assert item.noise.shape == (2, NOISE)
+    assert item.noise.dtype == torch.float32
 
 
 def test_a_batch_holds_the_items_in_units(index: object) -> None:
@@ -164,13 +164,13 @@ def test_a_batch_holds_the_items_in_units(index: object) -> None:
     dataset = TrainClips(index, np.arange(13), settings, NOISE, settings.seed)
     keys = [Key(1, 6, 2), Key(1, 7, 5), Key(1, 10, 8)]
     batch = dataset.__getitems__(keys)
-    items = [dataset[key] for key in keys]
+    items = [dataset.__getitems__([key]) for key in keys]
     order = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
     for row, (i, r) in enumerate(order):
         for name in ("clips", "labels", "samples", "videos", "noise"):
-            assert torch.equal(getattr(batch, name)[row], items[i][name][r])
-        for name, value in items[i]["params"].items():
-            assert torch.equal(batch.params[name][row], value[r])
+            assert torch.equal(getattr(batch, name)[row], getattr(items[i], name)[r])
+        for name in items[i].params.keys() - {"partner", "mix_keep", "mix_box", "mix_cut"}:
+            assert torch.equal(batch.params[name][row], items[i].params[name][r])
     assert batch.samples.tolist() == [12, 14, 13, 15, 20, 21]
     assert batch.units.tolist() == [[0, 1], [2, 3], [4, -1], [5, -1]]
     assert batch.params["partner"].tolist() == [1, 0, 3, 2, 4, 5]

@@ -25,7 +25,6 @@ GPU = Measured(
     frame_shape=(240, 320),
     clip_frames=16,
     clip_bytes=16 * 224 * 224 * 3,
-    decode_core=160.0,
     decode_all=600.0,
     read_bytes=2e9,
     copy_bytes=20e9,

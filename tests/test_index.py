@@ -153,7 +153,6 @@ def test_texts_hold_any_file_name() -> None:
     assert list(packed) == texts == [packed[i] for i in range(5)] == packed[:]
     assert packed[-1] == "plain"
     assert list(packed.take(np.array([3, 0, 3]))) == [texts[3], "", texts[3]]
-    assert list(Texts.joined([packed, Texts.of(["x"])])) == [*texts, "x"]
     with pytest.raises(IndexError):
         packed[5]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vac_ddp.results import metrics
-from vac_ddp.results.metrics import Counters, bootstrap_interval, classification_metrics
+from vac_ddp.results.metrics import bootstrap_interval, classification_metrics
 
 CLASSES = [f"class_{i}" for i in range(7)]
 
@@ -132,17 +132,3 @@ def test_bootstrap_over_sources_is_wider() -> None:
     alone = bootstrap_interval(correct)
     assert (high - low) / (alone[1] - alone[0]) == pytest.approx(math.sqrt(20), rel=0.15)
     assert math.isnan(bootstrap_interval([True, False], ["one", "one"])[0])
-
-
-def test_counters_are_means_over_samples_and_reduce() -> None:
-    counters = Counters(["loss", "top1", "never"])
-    counters.add("loss", torch.tensor(6.0, requires_grad=True), 3)
-    counters.add("loss", torch.tensor(4.0), torch.tensor(1))
-    counters.add("top1", 2, 4)
-    read = counters.read()
-    assert (read["loss"], read["top1"]) == (2.5, 0.5)
-    assert math.isnan(read["never"])
-    uneven = torch.tensor([[10.0, 1.0], [0.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
-    two_ranks = counters.read(lambda totals: totals + uneven, reset=True)
-    assert (two_ranks["loss"], two_ranks["top1"]) == (4.0, 0.25)
-    assert math.isnan(counters.read()["loss"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,12 +27,20 @@ from vac_ddp.report.lines import Lines
 from vac_ddp.results.logits_file import read_views
 from vac_ddp.results.submission import submission_after
 from vac_ddp.settings import DataSettings
-from vac_ddp.text import escape_output, escaped, original, printable, printable_values
+from vac_ddp.text import escape_output, escaped, printable, printable_values
 
 KOREAN = os.fsdecode("걷기".encode("cp949"))  # bytes that are not UTF-8
 WRITTEN = r"\udcb0ȱ\udce2"
 
 # ---------------------------------------------------------------- the escape
+
+
+def original(text: str) -> str:
+    """The name that `escaped` wrote as `text`."""
+    letters = {"t": "\t", "n": "\n", "r": "\r"}
+    return re.sub(
+        r"\\([tnr]|x[0-9a-f]{2}|u[0-9a-f]{4})", lambda code: letters.get(code[1]) or chr(int(code[1][1:], 16)), text
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ r"""How names that cannot be printed are written: one escape for log, tables, JS
 
 A name from the disk may hold bytes that are not UTF-8 (Python has them as the surrogates U+DC80 to U+DCFF), line ends
 and other control characters. These are written as in a Python string: the byte 0xB0 as `\udcb0`, a line end as `\n`.
-A backslash that would look like such an escape is written as `\x5c`, so that the name can be got back:
-`original(escaped(name)) == name`. All other names are written as they are.
+A backslash that would look like such an escape is written as `\x5c`, so that the name can be got back. All other
+names are written as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from vac_ddp.errors import UNPRINTABLE, one_line
 
 _CODE = r"[tnr]|x[0-9a-f]{2}|u[0-9a-f]{4}"
 _UNSAFE = re.compile(rf"{UNPRINTABLE.pattern}|\\(?={_CODE})")
-_WRITTEN = re.compile(rf"\\({_CODE})")
-_LETTERS = {"t": "\t", "n": "\n", "r": "\r"}
 
 
 def escaped(name: str) -> str:
@@ -30,11 +28,6 @@ def escaped(name: str) -> str:
     'walk\\udcb0\\r'
     """
     return _UNSAFE.sub(_code, name)
-
-
-def original(text: str) -> str:
-    """The name that `escaped` wrote as `text`."""
-    return _WRITTEN.sub(lambda found: _LETTERS.get(found[1]) or chr(int(found[1][1:], 16)), text)
 
 
 def printable(text: str) -> str:

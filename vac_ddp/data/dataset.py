@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,14 +34,7 @@ class Videos(Protocol):
 class TrainClips(Dataset):
     """The clips of training draws: a pure function of (seed, epoch, draw, video) and the files.
 
-    A key is (epoch, draw, video). `dataset[key]` is a dict, with R = augment.repeats clips of one decoding:
-
-    clips : (R, T, S, S, 3) uint8, the random crop already taken, not flipped
-    labels, samples, videos : (R,) int64; sample numbers are draw * R + r
-    noise : (R, noise_size) float32 in [0, 1), random numbers for the model
-    params : dict of (R, ...) tensors for `augment.augment_clips`
-    damage : list of str, damaged frames that were replaced by their nearest good one, with the reason
-
+    A key is (epoch, draw, video): R = augment.repeats clips of one decoding, whose sample numbers are draw * R + r.
     The DataLoader asks for whole load batches: `dataset.__getitems__(keys)` is the :class:`Batch` of units of two,
     the last one may be single; no keys make an empty one.
     """
@@ -55,18 +48,6 @@ class TrainClips(Dataset):
 
     def __len__(self) -> int:
         return len(self.videos)
-
-    def __getitem__(self, key: Key | tuple[int, int, int]) -> dict[str, Any]:
-        clip = self.settings.clip
-        clips = torch.empty((self._repeats, clip.frames, clip.size, clip.size, 3), dtype=torch.uint8)
-        damage = self._read(key, clips)
-        facts, params = self._facts(key), self._params(key)
-        return {
-            "clips": clips,
-            **{name: torch.from_numpy(value) for name, value in facts.items()},
-            "params": {name: torch.from_numpy(value) for name, value in params.items()},
-            "damage": damage,
-        }
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """The load batch of `keys`, decoded straight into its place."""
@@ -92,13 +73,13 @@ class TrainClips(Dataset):
     def _repeats(self) -> int:
         return self.settings.augment.repeats
 
-    def _rngs(self, key: Key | tuple[int, int, int], stream: int) -> Iterator[np.random.Generator]:
+    def _rngs(self, key: Key, stream: int) -> Iterator[np.random.Generator]:
         """One generator for every clip of a draw."""
         epoch, draw, _ = key
         for sample in range(draw * self._repeats, (draw + 1) * self._repeats):
             yield generator(self.seed, epoch, sample, stream)
 
-    def _read(self, key: Key | tuple[int, int, int], out: torch.Tensor) -> list[str]:
+    def _read(self, key: Key, out: torch.Tensor) -> list[str]:
         """Decode the clips of a draw into `out` (R, T, S, S, 3). Returns lines about damaged frames."""
         epoch, draw, video = key
         augment = self.settings.augment
@@ -118,7 +99,7 @@ class TrainClips(Dataset):
             raise UserError(_no_frame_message(self.index, video, error)) from error
         return damage_lines(self.index, video, damaged)
 
-    def _facts(self, key: Key | tuple[int, int, int]) -> dict[str, np.ndarray]:
+    def _facts(self, key: Key) -> dict[str, np.ndarray]:
         _, draw, video = key
         repeats = self._repeats
         return {
@@ -128,7 +109,7 @@ class TrainClips(Dataset):
             "noise": np.stack([rng.random(self.noise_size, dtype=np.float32) for rng in self._rngs(key, NOISE)]),
         }
 
-    def _params(self, key: Key | tuple[int, int, int]) -> dict[str, np.ndarray]:
+    def _params(self, key: Key) -> dict[str, np.ndarray]:
         clip, augment = self.settings.clip, self.settings.augment
         drawn = [draw_parameters(rng, augment, frames=clip.frames, size=clip.size) for rng in self._rngs(key, AUGMENT)]
         return {name: np.stack([one[name] for one in drawn]) for name in drawn[0]}

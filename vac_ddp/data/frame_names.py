@@ -41,15 +41,6 @@ class Texts(Sequence[str]):
         np.cumsum([len(text) for text in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Texts]) -> Texts:
-        """All texts of `parts`, one after the other."""
-        if not parts:
-            return cls.of(())
-        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-        blob = np.concatenate([part.blob[part.offsets[0] : part.offsets[-1]] for part in parts])
-        return cls(blob, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]))
-
     def take(self, which: np.ndarray) -> Texts:
         """The texts at the positions `which` (n,) int64, in that order."""
         starts, lengths = self.offsets[:-1][which], np.diff(self.offsets)[which]

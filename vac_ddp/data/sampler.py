@@ -177,10 +177,6 @@ class StepSampler(DistributedSampler):
         first, end = step_range(step, self.draws_per_epoch, self.draws_per_step, even=self.even)
         return (end - first) * self.repeats
 
-    def rank_samples_of_step(self, step: int) -> int:
-        """Clips that this rank loads for a step of the epoch."""
-        return sum(len(unit) for unit in self._units(step)) * self.repeats
-
     def loads_of_step(self, step: int) -> int:
         """Load batches that this rank gets for a step of the epoch, at least one."""
         return max(1, -(-len(self._units(step)) // self.units_per_load))

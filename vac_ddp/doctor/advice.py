@@ -12,9 +12,8 @@ from vac_ddp.settings import Config
 class Measured:
     """What was measured. Rates a second; None: not to be had here, or nothing that it could hold back.
 
-    decode_core, decode_all: clips decoded, cut and resampled by one core and by all `workers` at once; step: clips of
-    one GPU (or of the CPU) forward and backward; all_reduce: bytes of gradients of `ranks` ranks; repeats: clips made
-    of a decoded video.
+    decode_all: clips decoded, cut and resampled by all `workers` at once; step: clips of one GPU (or of the CPU)
+    forward and backward; all_reduce: bytes of gradients of `ranks` ranks; repeats: clips made of a decoded video.
     """
 
     workers: int
@@ -24,7 +23,6 @@ class Measured:
     frame_shape: tuple[int, int]
     clip_frames: int
     clip_bytes: int
-    decode_core: float
     decode_all: float
     read_bytes: float | None
     copy_bytes: float | None

@@ -106,7 +106,6 @@ def examine(config: Config, say: Callable[[str], None]) -> Measured:
         frame_shape=frame_size(frames[0]),
         clip_frames=clip.frames,
         clip_bytes=clip_bytes(clip),
-        decode_core=one,
         decode_all=every / ranks,
         read_bytes=read,
         copy_bytes=copy,

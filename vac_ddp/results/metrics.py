@@ -1,19 +1,16 @@
-"""Figures of a classifier, from logits and labels that were gathered once, and counters that stay on the device.
+"""Figures of a classifier, from logits and labels that were gathered once.
 
-Training's validation, `vac predict` on labelled folders and `vac score` all take their numbers from here. Everything
-but `Counters` is numpy, so that scoring needs no torch. Torch tensors are taken wherever an array is.
+Training's validation, `vac predict` on labelled folders and `vac score` all take their numbers from here. All is
+numpy, so that scoring needs no torch. Torch tensors are taken wherever an array is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
 
 UNLABELLED = -1
 _ROWS = 1 << 16  # rows worked on at a time: float64 copies stay small for a million videos
@@ -189,32 +186,6 @@ def bootstrap_interval(
         means[number] = right[drawn].sum() / size[drawn].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-class Counters:
-    """Named pairs (sum, count) on one device: adding never waits for the device, reading copies all of them once."""
-
-    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
-        import torch
-
-        self.names = list(names)
-        self._totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
-
-    def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1) -> None:
-        """Add a sum over `count` samples; tensors are scalars and may still be under way on the device."""
-        row = self._totals[self.names.index(name)]
-        row[0] += total.detach() if hasattr(total, "detach") else total
-        row[1] += count.detach() if hasattr(count, "detach") else count
-
-    def read(
-        self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None, *, reset: bool = False
-    ) -> dict[str, float]:
-        """The means (NaN where nothing was counted). `reduce` sums the (names, 2) float64 totals over the ranks."""
-        totals = self._totals if reduce is None else reduce(self._totals)
-        values = totals.cpu().tolist()
-        if reset:
-            self._totals.zero_()
-        return {name: _share(total, count) for name, (total, count) in zip(self.names, values, strict=True)}
 
 
 def _array(values: Any) -> np.ndarray:
