@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in pieces of less than nine minutes, less than 25 in all. No network: frames are made here.
 #
 #     bash benchmarks/gpu.sh                     # all pieces, one after the other
-#     bash benchmarks/gpu.sh train               # one: tests train predict memory curves
+#     bash benchmarks/gpu.sh train               # one: tests train predict memory curves options1 options2 (options: both)
 #     bash benchmarks/gpu.sh --dry [PIECE...]    # every piece at tiny sizes, on the CPU as well, in a few minutes
 #
 # JSON and Markdown go to $OUT, or to benchmarks/results/. Python is $VAC_PYTHON, .venv's, or python3.
@@ -20,14 +20,15 @@ pieces=()
 for word in "$@"; do
     case $word in
         --dry) dry=(--dry) ;;
-        tests | train | predict | memory | curves) pieces+=("$word") ;;
+        tests | train | predict | memory | curves | options1 | options2) pieces+=("$word") ;;
+        options) pieces+=(options1 options2) ;;
         *)
-            echo "gpu.sh: no piece $word; there are tests train predict memory curves" >&2
+            echo "gpu.sh: no piece $word; there are tests train predict memory curves options" >&2
             exit 2
             ;;
     esac
 done
-[ ${#pieces[@]} = 0 ] && pieces=(tests train predict memory curves)
+[ ${#pieces[@]} = 0 ] && pieces=(tests train predict memory curves options1 options2)
 
 missing=$("$python" - <<'PY'
 import importlib.util as find
@@ -60,6 +61,7 @@ for name in "${pieces[@]}"; do
         tests) command=(-m pytest -q -m gpu -p no:cacheprovider tests) ;;
         train) command=(-m benchmarks.train_step "${full[@]}" "${dry[@]}") ;;
         predict) command=(-m benchmarks.predict "${full[@]}" "${dry[@]}") ;;
+        options?) command=(-m benchmarks.options --part "${name#options}/2" "${dry[@]}") ;;
         *) command=(-m "benchmarks.$name" "${dry[@]}") ;;
     esac
     # A piece that hangs must not take the others with it.
