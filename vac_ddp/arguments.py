@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import argparse  # noqa: TID251 - the one place
 import contextlib
 import difflib
 import functools
@@ -16,6 +16,8 @@ from vac_ddp.checks import check, leaves, shown, type_name
 from vac_ddp.config import find_config, one_rate, override, read_yaml, to_yaml
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Bounds, Config
+
+Namespace = argparse.Namespace
 
 
 class ArgumentParser(argparse.ArgumentParser):

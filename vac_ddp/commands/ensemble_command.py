@@ -6,7 +6,6 @@ started again goes on where it was, and a member that is finished is not trained
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vac_ddp import errors
-from vac_ddp.arguments import ArgumentParser, number, parse_settings, take_nproc
+from vac_ddp.arguments import ArgumentParser, Namespace, number, parse_settings, take_nproc
 from vac_ddp.commands import job_plan, score_command, train_command
 from vac_ddp.commands.job_plan import Command, Member
 from vac_ddp.data.data_kind import kind_of
@@ -68,7 +67,7 @@ def _run_members(members: Sequence[Member], commands: Sequence[Sequence[Command]
     return findings
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     """The flags of `vac ensemble` itself, and the words for `vac train`."""
     parser = ArgumentParser(
         prog="vac ensemble",
@@ -102,7 +101,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, words
 
 
-def _check(options: argparse.Namespace, config: Config, first: list[str], ranks: int) -> bool:
+def _check(options: Namespace, config: Config, first: list[str], ranks: int) -> bool:
     """Everything that can be told before hours of training; returns whether members have a validation part."""
     if kind_of(Path(options.data).expanduser()) not in ("test", "labelled"):
         raise UserError(f"--data {options.data} is one video: an ensemble scores a folder of videos")
@@ -119,7 +118,7 @@ def _check(options: argparse.Namespace, config: Config, first: list[str], ranks:
     return validated
 
 
-def _score_words(options: argparse.Namespace, members: Sequence[Member], out: Path, validation: list[str]) -> list[str]:
+def _score_words(options: Namespace, members: Sequence[Member], out: Path, validation: list[str]) -> list[str]:
     """The words of the `vac score` that puts the members together."""
     words = [str(job_plan.prediction_folder(member, options.data)) for member in members]
     words += ["--no-table", "--out", str(out), *(["--method", options.method] if options.method else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vac_ddp.arguments import ArgumentParser
+from vac_ddp.arguments import ArgumentParser, Namespace
 from vac_ddp.errors import UserError
 from vac_ddp.files import whole_folder, write_json, write_text
 from vac_ddp.results import averaging, ensemble, evaluation, submission
@@ -88,7 +87,7 @@ def _data(file: Views) -> str:
     return str(file.about.get("fingerprint", {}).get("data"))
 
 
-def _fit(options: argparse.Namespace, files: Sequence[Views]) -> Fitted:
+def _fit(options: Namespace, files: Sequence[Views]) -> Fitted:
     """Weights and temperatures, from the command line or from validation."""
     chosen = [name for name in ("weights", "greedy", "fit") if getattr(options, name)]
     if len(chosen) > 1:
@@ -151,7 +150,7 @@ def _print_table(
 
 def _write(
     out: Path,
-    options: argparse.Namespace,
+    options: Namespace,
     first: Views,
     mixed: np.ndarray,
     fitted: Fitted,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import argparse  # noqa: TID251 - checkpoints hold its Namespace
 import hashlib
 import pickle
 import re

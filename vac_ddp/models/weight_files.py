@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import argparse  # noqa: TID251 - checkpoints hold its Namespace
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
