@@ -158,7 +158,9 @@ def control_group(*, timeout_s: float) -> dist.ProcessGroup | None:
     """A gloo group for small host-side agreements, beside the one that carries gradients."""
     if not active():
         return None
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
+    return group
 
 
 def end(status: int) -> None:
@@ -255,9 +257,10 @@ def gather_rows(index: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch
     """
     index, rows = index.cpu(), rows.cpu()
     if active():
-        index, rows = _gather_ragged(index), _gather_ragged(rows)
-        if index is None or rows is None:
+        all_index, all_rows = _gather_ragged(index), _gather_ragged(rows)
+        if all_index is None or all_rows is None:
             return None
+        index, rows = all_index, all_rows
     counts = torch.bincount(index, minlength=total) if len(index) else torch.zeros(total, dtype=torch.int64)
     if len(counts) != total or not bool((counts == 1).all()):
         missing = int((counts[:total] == 0).sum())

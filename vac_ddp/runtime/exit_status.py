@@ -108,7 +108,7 @@ class _Unbroken:
 def unbroken_stdout() -> Iterator[None]:
     """Within it a reader of the output that goes away ends nothing, and prints no traceback."""
     before = sys.stdout
-    sys.stdout = unbroken = _Unbroken(before)  # type: ignore[assignment]
+    sys.stdout = unbroken = _Unbroken(before)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vac_ddp.errors import FAILED, UserError
 from vac_ddp.runtime.ranks import restarts
@@ -50,7 +51,8 @@ def _read(path: Path) -> Owner | None:
     found = {"attempt": 0, **found}
     if not all(isinstance(found.get(name), kind) for name, kind in names.items()):
         return None
-    return Owner(**{name: found.get(name) for name in names})
+    values: dict[str, Any] = {name: found.get(name) for name in names}
+    return Owner(**values)
 
 
 class RunLock:

@@ -289,7 +289,7 @@ def stopped_by_signals(end: Callable[[Cause], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in AT_ONCE}
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in AT_ONCE}
     try:
         yield
     finally:

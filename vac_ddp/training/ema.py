@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -10,16 +11,20 @@ from torch import nn
 from vac_ddp.runtime.torch_compat import move_towards
 
 
-class Ema:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Ema(Generic[Model]):
     """Exponential moving average of a model's parameters; buffers are copied.
 
     The decay rises as min(decay, (1 + step) / (10 + step)), so that a short run is not an average with its start
     (the rule of TensorFlow's ExponentialMovingAverage). A step whose `found_inf` is 1 leaves the average as it is.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module: Model = copy.deepcopy(model)
+        self.module.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, found_inf: torch.Tensor | None = None) -> None:

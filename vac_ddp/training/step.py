@@ -43,7 +43,7 @@ class Stepper:
     objective: Classification
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: Ema | None
+    ema: Ema[VideoModel] | None
     scaler: torch.amp.GradScaler | None
     device: torch.device
     precision: str
