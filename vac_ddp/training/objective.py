@@ -50,7 +50,7 @@ class Classification:
         self.mean, self.std = tuple(loaded.mean), tuple(loaded.std)
         self.class_weights = _class_weights(data, device) if config.train.class_weights != "none" else None
 
-    def samples(self) -> TrainClips:
+    def dataset(self) -> TrainClips:
         """The data set of the loader processes."""
         return TrainClips(self.data.index, self.data.split.train, self.config, self.model.noise_size, self.config.seed)
 

@@ -25,8 +25,7 @@ from vac_ddp.training.data_setup import Data, data_hashes
 from vac_ddp.training.optimization import Group
 from vac_ddp.training.saving import Saver
 
-# Of the run that a checkpoint lies in, for a new directory.
-COPIED = ("load_report.json",)
+REPORT = "load_report.json"
 
 
 @dataclass(kw_only=True)
@@ -48,9 +47,12 @@ class Resumed:
 
     def check_fits(self, model: VideoModel, groups: list[Group], *, averaged: bool) -> None:
         """UserError, on every rank, where the state is not of `model` and the optimizer's `groups`."""
-        distributed.main_first(
-            lambda: check_fits(self.state, self.source or Path(), model, groups, averaged=averaged), lambda: None
-        )
+
+        def compare() -> None:
+            assert self.source is not None, "rank 0 has read it"
+            check_fits(self.state, self.source, model, groups, averaged=averaged)
+
+        distributed.main_first(compare, lambda: None)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         """Give every rank rank 0's state of the optimizer; each keeps its share where it is sharded."""
@@ -180,6 +182,5 @@ def _copy(source: Path, target: Path) -> None:
 def copy_report(source: Path, folder: Path) -> None:
     """Take the load report of the run that `source` lies in over into a new run directory."""
     home = run_directory.run_of(source)
-    for name in COPIED:
-        if home is not None and (home / name).exists() and not (folder / name).exists():
-            _copy(home / name, folder / name)
+    if home is not None and (home / REPORT).exists() and not (folder / REPORT).exists():
+        _copy(home / REPORT, folder / REPORT)

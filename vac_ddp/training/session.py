@@ -42,6 +42,7 @@ class Session:
         if self.run is not None:
             self.run.begin(self.tracker.say)
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
+            self.run.state = self.resumed.state = None  # it is in model and optimizer now
         self.stop.install()
 
 

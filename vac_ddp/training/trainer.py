@@ -78,7 +78,7 @@ def build_trainer(config: Config, session: Session, device: torch.device) -> Tra
     )
     schedule = make_schedule(config, sampler.steps_per_epoch)
     workers = worker_count(config.data.workers, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    loader = train_loader(objective.samples(), sampler, workers=workers, pin=device.type == "cuda")
+    loader = train_loader(objective.dataset(), sampler, workers=workers, pin=device.type == "cuda")
     session.loaders.append(loader)
     validator = None
     if len(data.split.val):
