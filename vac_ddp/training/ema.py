@@ -10,7 +10,6 @@ from torch import nn
 
 from vac_ddp.runtime.torch_compat import move_towards
 
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
