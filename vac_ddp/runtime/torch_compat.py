@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: Tensor | float) -> None:
     """Add `share` of the way to `targets` to each of `values`, in place, by one kernel for many tensors."""
-    way: Any = torch._foreach_sub(list(targets), list(values))  # type: ignore[arg-type]  # typed for numbers alone
+    way: Any = torch._foreach_sub(list(targets), list(values))
     torch._foreach_mul_(way, share)
     torch._foreach_add_(list(values), way)
 
