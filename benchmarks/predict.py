@@ -42,16 +42,17 @@ from benchmarks.common import (
     write,
 )
 from vac_ddp.data import frames
-from vac_ddp.data.clip_sampling import test_windows
+from vac_ddp.data.clip_sampling import test_windows, window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
+from vac_ddp.data.loader import test_loader
 from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.models import load_model
-from vac_ddp.predicting.all_videos import Task, predict_views
-from vac_ddp.predicting.prediction import prepare
+from vac_ddp.predicting.all_videos import predict_views
+from vac_ddp.predicting.task import Task
 from vac_ddp.results.logits_file import ViewsHead
-from vac_ddp.scoring.forward import Scorer, _Stream
+from vac_ddp.scoring.scorer import Scorer, prepare
 from vac_ddp.scoring.views import video_costs, view_table
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 from vac_ddp.training.meters import clip_flops, matmul_rate
@@ -125,7 +126,7 @@ def passes(options: Any, device: torch.device) -> dict[str, Any]:
             return model(pixel_values=pixels()).logits.float()
 
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        name: functools.partial(_Stream(scorer, options.clips).pass_, whole) for name, scorer in scorers.items()
+        name: functools.partial(scorer.outputs, whole) for name, scorer in scorers.items()
     }
     ways[HF] = functools.partial(hf, theirs)
     ways[HF_BYTES] = functools.partial(hf, theirs, lambda: peers.rescaled(whole))
@@ -186,7 +187,7 @@ def whole_prediction(options: Any, device: torch.device, index: Any, folder: Pat
     config.predict.compile = options.compile
     loaded = load_model(ModelSettings(weights=None, **options.sizes), clip, CLASSES, seed=0)
     views = ViewSettings(windows="spread", count=5, crops=3)
-    per_video = len(test_windows(1, clip, views)) * views.crops
+    per_video = window_count(views) * views.crops
     scorer = scorer_of(loaded.model.to(device).eval(), loaded, device, "auto")
     prepare(scorer, config, len(index) * per_video)
     task = Task(
@@ -203,16 +204,22 @@ def whole_prediction(options: Any, device: torch.device, index: Any, folder: Pat
         fingerprint={"data": "benchmark"},
         prior=np.zeros(len(CLASSES), np.float32),
     )
+    load = functools.partial(
+        test_loader,
+        TestViews(index, np.arange(len(index)), clip, views, tolerant=True),
+        videos_per_batch=1,
+        workers=options.workers,
+        prefetch=4,
+        pin=device.type == "cuda",
+    )
     found: list[dict[str, float]] = []
     for turn in range(2):
         start = time.perf_counter()
         done = predict_views(
             task,
             scorer,
-            TestViews(index, np.arange(len(index)), clip, views, tolerant=True),
+            load,
             folder / f"out{turn}",
-            workers=options.workers,
-            prefetch=4,
             save_every=50,
         )
         total = time.perf_counter() - start

@@ -20,7 +20,7 @@ from tests.support import environment
 from vac_ddp.errors import UserError
 from vac_ddp.models import build_model
 from vac_ddp.models.compilation import compile_if_it_works, train_pass
-from vac_ddp.scoring.forward import Scorer, pass_size
+from vac_ddp.scoring.scorer import Scorer, pass_size
 from vac_ddp.settings import ClipSettings, ModelSettings
 from vac_ddp.training import meters
 from vac_ddp.training.health import Summary

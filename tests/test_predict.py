@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import shutil
 import signal
@@ -30,7 +29,8 @@ from vac_ddp.predict import main, predict
 from vac_ddp.predicting import all_videos, part_files
 from vac_ddp.predicting.inputs import lay_out
 from vac_ddp.results.logits_file import log_prior, read_views
-from vac_ddp.scoring.forward import Scorer, scored_videos
+from vac_ddp.scoring.engine import scored_videos
+from vac_ddp.scoring.scorer import Scorer
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
 
 CLASSES = ["climb", "pick", "sit", "wave", "zip"]
@@ -161,8 +161,8 @@ def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: b
         clips_per_gpu=at_once,
         pad=pad,
     )
-    found = list(scored_videos(scorer, [(batch, i) for i, batch in enumerate(batches)]))
-    assert [(v.video, v.damaged) for v in found] == [(10 + i, i) for i in range(5)]
+    found = list(scored_videos(scorer, batches))
+    assert [(v.video, v.place) for v in found] == [(10 + i, i) for i in range(5)]
     assert max(model.passes) <= at_once
     views = 2 if flip else 1
     if pad and at_once % views == 0:
@@ -195,17 +195,11 @@ def test_equal_windows_of_a_short_video_go_through_the_model_once(tmp_path: Path
             model=model, device=torch.device("cpu"), autocast=None, mean=(0.5,) * 3, std=(0.5,) * 3, flip=True,
             clips_per_gpu=7,
         )  # fmt: skip
-        return [v.logits for v in scored_videos(scorer, [(batch, 0) for batch in batches])], sum(model.passes)
+        return [v.logits for v in scored_videos(scorer, batches)], sum(model.passes)
 
     found, clips = scored([dataset[video] for video in range(3)])
     together = dataset.__getitems__([0, 1, 2])  # several videos in a batch: every view has its own clip
-    each = [
-        dataclasses.replace(
-            together, clips=together.clips[v : v + 1], videos=torch.tensor([v]), decoded=torch.tensor([1])
-        )
-        for v in range(3)
-    ]
-    expected, all_clips = scored(each)
+    expected, all_clips = scored([together])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == (30, 2)
         np.testing.assert_array_equal(ours, theirs)
@@ -520,9 +514,9 @@ MANY = """
 import sys
 from pathlib import Path
 from vac_ddp.predict import predict
-from vac_ddp.predicting import all_videos
+from vac_ddp.predicting import part_files
 from vac_ddp.runtime import distributed
-all_videos.CHUNK_BYTES = 700  # several chunks even of five videos
+part_files.CHUNK_BYTES = 700  # several chunks even of five videos
 trained, out, *folders = sys.argv[1:]
 for folder in folders:
     where = Path(out) / Path(folder).name
@@ -603,12 +597,12 @@ import numpy as np
 import torch  # imported once: a fork is ready in no time
 from vac_ddp.predict import main
 from vac_ddp.predicting import all_videos, part_files, prediction
-from vac_ddp.scoring import forward
+from vac_ddp.scoring.scorer import Scorer
 from vac_ddp.training import trainer
 
 trained, folder, out, log = sys.argv[1:]
 rng = random.Random(int(os.environ["SEED"]))
-real = forward._Stream.pass_
+real = Scorer.outputs
 
 
 def slow(self, clips):
@@ -616,7 +610,7 @@ def slow(self, clips):
     return real(self, clips)
 
 
-forward._Stream.pass_ = slow
+Scorer.outputs = slow
 
 
 def rank(number, world, port):

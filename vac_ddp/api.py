@@ -29,7 +29,7 @@ from vac_ddp.predicting import prediction
 from vac_ddp.results import averaging
 from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
-from vac_ddp.scoring.forward import Scorer
+from vac_ddp.scoring.scorer import Scorer, open_scorer
 from vac_ddp.scoring.views import set_views
 from vac_ddp.settings import Config
 
@@ -124,6 +124,6 @@ def load(run: str | Path, *, device: str | torch.device | None = None) -> Classi
         raise UserError(f"{path} has no best_<model>.pt: give a run that has been validated, or that file")
     source = open_own(path)
     config = settings_io.from_dict(source.config or {}, where=str(source.path))
-    scorer = prediction.open_scorer(config, source, torch.device(device) if device else distributed.pick_device())
+    scorer = open_scorer(config, source, torch.device(device) if device else distributed.pick_device())
     source.state = {}  # the model has them
     return Classifier(classes=list(source.classes or []), config=config, source=source, scorer=scorer)

@@ -1,4 +1,4 @@
-"""All views of all videos through the model: whole videos on every rank, saved as they are done, gathered by number."""
+"""All videos through the model: whole videos on every rank, saved in parts as they are done, joined by rank 0."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.loader import Loader, TestBatch, test_loader
+from vac_ddp.data.batch import TestBatch
+from vac_ddp.data.loader import Loader
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.predicting import part_files
 from vac_ddp.predicting.task import Task
 from vac_ddp.results.logits_file import NAME, write_views
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.monitor import PROCESS
-from vac_ddp.scoring.forward import Scored, Scorer, scored_videos
+from vac_ddp.runtime.ranks import say
+from vac_ddp.scoring.engine import Scored, scored_videos
+from vac_ddp.scoring.scorer import Scorer
 from vac_ddp.scoring.views import deal
 
-CHUNK_BYTES = 64 << 20  # logits that rank 0 holds at a time while it writes the views file
 NAMED = 20  # damaged frames that are named one by one
 
 
@@ -43,64 +43,33 @@ class Done:
 def predict_views(
     task: Task,
     scorer: Scorer,
-    dataset: TestViews,
+    load: Callable[[list[int]], Loader],
     out: Path,
     *,
-    workers: int,
-    prefetch: int,
     save_every: int,
     overwrite: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = print,
+    stop: Callable[[], int] = lambda: 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Done:
-    """Score every video of `dataset` (item i is video i of the task) and write OUT/views.npz; called by all ranks.
+    """Score every video of the task and write OUT/views.npz; called by all ranks.
 
-    What an earlier, killed run of any world size left in OUT/parts is not computed again; a complete views file is kept
-    as it is. Raises UserError where OUT holds another prediction, and Interrupted, with what is finished saved, where
-    `stop()` says so. `progress` is told how many of this rank's videos are done.
+    load: batches of one video each, of the videos with these numbers. What an earlier, killed run of any world size
+    left in OUT/parts is not computed again; a complete views file is kept as it is. Raises UserError where OUT holds
+    another prediction, and Interrupted, with what is finished saved, where `stop()` says so. `progress` is told how
+    many of this rank's videos are done.
     """
     kind = part_files.record_type(len(task.head.views), len(task.head.classes))
-    found = _open_together(task, out, kind, overwrite=overwrite, say=say)
+    found = _open_together(task, out, kind, overwrite=overwrite)
     result = Done(path=out / NAME, reused=len(found.done))
     if found.complete:
         part_files.drop_parts(out)
         return result
     todo = np.setdiff1d(np.arange(len(task.head.ids)), found.done)
-    own = todo[deal(task.costs[todo], distributed.world_size())[distributed.rank()]]
-    finished = found.parts
-    meeting = Meeting()
-    loader = test_loader(
-        dataset,
-        own.tolist(),
-        videos_per_batch=1,
-        workers=workers,
-        prefetch=prefetch,
-        pin=scorer.device.type == "cuda",
-    )
-    waiting: list[Scored] = []
-    clock = Clock()
-
-    def save() -> None:
-        if waiting:
-            finished.append(part_files.save_part(out, _records(waiting, kind, task.prior)))
-            waiting.clear()
-
+    own = todo[deal(task.costs[todo], distributed.world_size())[distributed.rank()]].tolist()
+    share, meeting = _Share(task, out, kind, save_every, result), Meeting()
     error: BaseException | None = None
     try:
-        try:
-            for video in scored_videos(scorer, _videos(loader, clock, result)):
-                waiting.append(_finite(video, task.head.ids, result))
-                result.computed += 1
-                progress(result.computed, len(own))
-                if len(waiting) >= save_every:
-                    save()
-                PROCESS.progress()
-                if meeting.ended(stop()):
-                    break
-        finally:
-            loader.close()
-            save()
+        share.score(scorer, load(own), lambda: meeting.ended(bool(stop())), lambda done: progress(done, len(own)))
     except OSError as caught:
         error = UserError(f"cannot save to {out}: {caught.strerror}; what is saved is kept, start it again")
     except Exception as caught:
@@ -109,22 +78,69 @@ def predict_views(
     distributed.raise_together(error)
     if stopped:
         raise Interrupted("stopped; the videos that are finished are saved, start it again to go on")
-    result.seconds, result.waited = clock.seconds(), clock.waited
+    result.seconds, result.waited = share.clock.seconds(), share.clock.waited
     _gather_notes(result)
-    _write_together(task, finished, kind, result.path)
-    finished.clear()
-    distributed.barrier()
+    _write_together(task, out, kind, found.parts, share.names)
     part_files.drop_parts(out)
     return result
 
 
-def _videos(loader: Loader, clock: Clock, result: Done) -> Iterator[tuple[TestBatch, int]]:
-    """Batches of one video with the number of its damaged frames, which are named in `result`."""
-    for batch in clock.waiting_for(loader):
-        damaged = loader.damaged - result.damaged_frames
-        result.damaged_frames = loader.damaged
-        result.damage += batch.damage[: NAMED - len(result.damage)]
-        yield batch, damaged
+class _Share:
+    """The videos of one rank: scored, and saved in parts whose `names` are kept; `result` counts."""
+
+    def __init__(self, task: Task, out: Path, kind: np.dtype[Any], save_every: int, result: Done) -> None:
+        self.task, self.out, self.kind, self.save_every, self.result = task, out, kind, save_every, result
+        self.names: list[str] = []
+        self.clock = Clock()
+        self._waiting: list[tuple[Scored, int]] = []  # with their damaged frames
+        self._damaged: dict[int, int] = {}  # damaged frames of videos that are on their way
+
+    def score(self, scorer: Scorer, loader: Loader, ended: Callable[[], bool], progress: Callable[[int], None]) -> None:
+        """Score the videos of `loader` and save them, until `ended`; it closes the loader."""
+        try:
+            for video in scored_videos(scorer, self._batches(loader)):
+                self._waiting.append((self._finite(video), self._damaged.pop(video.video)))
+                self.result.computed += 1
+                progress(self.result.computed)
+                if len(self._waiting) >= self.save_every:
+                    self._save()
+                PROCESS.progress()
+                if ended():
+                    break
+        finally:
+            loader.close()
+            self._save()
+
+    def _batches(self, loader: Loader) -> Iterator[TestBatch]:
+        """The batches of one video, whose damaged frames are counted, and named in the result."""
+        result = self.result
+        for batch in self.clock.waiting_for(loader):
+            self._damaged[int(batch.videos)] = loader.damaged - result.damaged_frames
+            result.damaged_frames = loader.damaged
+            result.damage += batch.damage[: NAMED - len(result.damage)]
+            yield batch
+
+    def _finite(self, video: Scored) -> Scored:
+        """The video, without its logits where one of them is not finite: that is named, and the class prior answers."""
+        if video.logits is None or np.isfinite(video.logits).all():
+            return video
+        if len(self.result.damage) < NAMED:
+            name = self.task.head.ids[video.video]
+            self.result.damage.append(f"{name}: its logits are not finite; try train.precision=fp32")
+        return replace(video, logits=None)
+
+    def _save(self) -> None:
+        """Write a part of the videos that wait; where nothing could be decoded every view says the class prior."""
+        if not self._waiting:
+            return
+        records = np.zeros(len(self._waiting), self.kind)
+        for record, (video, damaged) in zip(records, self._waiting, strict=True):
+            record["video"] = video.video
+            record["damaged"] = damaged
+            record["failed"] = video.logits is None
+            record["logits"] = self.task.prior if video.logits is None else video.logits
+        self.names.append(part_files.save_part(self.out, records))
+        self._waiting.clear()
 
 
 # ---------------------------------------------------------------- the ranks together
@@ -176,7 +192,7 @@ class Meeting:
         if self._store is None or time.monotonic() - self._looked < self.LOOK_S:
             return False
         self._looked = time.monotonic()
-        return self._store.check(["ended"])
+        return bool(self._store.check(["ended"]))
 
     def _stop(self) -> None:
         if not self._stopping:
@@ -185,7 +201,7 @@ class Meeting:
                 self._store.set("stopped", "1")
                 self._store.set("ended", "1")
 
-    def wait(self, error: BaseException | None, stop: Callable[[], bool]) -> bool:
+    def wait(self, error: BaseException | None, stop: Callable[[], int] = lambda: 0) -> bool:
         """Tell the others how it went and wait for all of them; whether any of them was to stop."""
         if self._store is None:
             return self._stopping
@@ -199,42 +215,17 @@ class Meeting:
                 self._stop()
             time.sleep(0.02)
         distributed.barrier()  # a wish that came while others waited is seen by all
-        return self._store.check(["stopped"])
+        return bool(self._store.check(["stopped"]))
 
 
-def _open_together(
-    task: Task, out: Path, kind: np.dtype[Any], *, overwrite: bool, say: Callable[[str], None]
-) -> part_files.Found:
+def _open_together(task: Task, out: Path, kind: np.dtype[Any], *, overwrite: bool) -> part_files.Found:
     """Rank 0 looks at OUT and keeps the old parts; the others learn which videos are done."""
-    found, error = None, None
-    if distributed.is_main():
-        try:
-            found = part_files.open_out(out, task.fingerprint, kind, len(task.head.ids), overwrite=overwrite, say=say)
-        except Exception as caught:
-            error = caught
-    distributed.raise_together(error)
+    found = distributed.main_first(
+        lambda: part_files.open_out(out, task.fingerprint, kind, len(task.head.ids), overwrite=overwrite, say=say),
+        lambda: None,
+    )
     complete, done = distributed.broadcast_object((found.complete, found.done) if found is not None else None)
     return found if found is not None else part_files.Found(complete=complete, parts=[], done=done)
-
-
-def _finite(video: Scored, ids: list[str], result: Done) -> Scored:
-    """The video, without its logits where one of them is not finite: that is named, and the class prior answers."""
-    if video.logits is None or np.isfinite(video.logits).all():
-        return video
-    if len(result.damage) < NAMED:
-        result.damage.append(f"{ids[video.video]}: its logits are not finite; try train.precision=fp32")
-    return replace(video, logits=None)
-
-
-def _records(videos: list[Scored], kind: np.dtype[Any], prior: np.ndarray) -> np.ndarray:
-    """Scored videos as records; where nothing could be decoded every view says the class prior."""
-    records = np.zeros(len(videos), kind)
-    for record, video in zip(records, videos, strict=True):
-        record["video"] = video.video
-        record["damaged"] = video.damaged
-        record["failed"] = video.logits is None
-        record["logits"] = prior if video.logits is None else video.logits
-    return records
 
 
 def _gather_notes(result: Done) -> None:
@@ -245,46 +236,22 @@ def _gather_notes(result: Done) -> None:
     result.damage = sorted(line for _, _, lines in told for line in lines)[:NAMED]
 
 
-def _write_together(task: Task, finished: list[np.ndarray], kind: np.dtype[Any], path: Path) -> None:
-    """Gather chunk by chunk and write the views file on rank 0. An error there ends all ranks, at the next chunk."""
-    videos = np.concatenate([np.asarray(p["video"]) for p in finished] or [np.zeros(0, np.int64)])
-    notes = np.concatenate(
-        [np.stack([p["damaged"], p["failed"]], axis=1) for p in finished] or [np.zeros((0, 2), np.int64)]
-    )
-    gathered = distributed.gather_rows(torch.from_numpy(videos), torch.from_numpy(notes), total=len(task.head.ids))
-    chunks = _chunks(task, finished, videos, kind)
+def _write_together(task: Task, out: Path, kind: np.dtype[Any], parts: list[np.ndarray], names: list[str]) -> None:
+    """Write the views file, on rank 0, from `parts` and the part files with the `names` of all ranks."""
+    written = itertools.chain.from_iterable(distributed.all_gather_objects(names))
+    meeting = Meeting()
     error: BaseException | None = None
-    if gathered is not None:
-        task.head.damaged, task.head.failed = gathered[:, 0].numpy(), gathered[:, 1].numpy().astype(bool)
+    if distributed.is_main():
         try:
-            write_views(path, task.head, chunks)
+            parts = [*parts, *(part_files.read_part(out, name) for name in written)]
+            head, chunks = part_files.joined(parts, task.head, kind)
+            write_views(out / NAME, head, chunks)
         except OSError as caught:
-            error = UserError(f"cannot write {path}: {caught.strerror}; the parts beside it are kept, start it again")
+            error = UserError(
+                f"cannot write {out / NAME}: {caught.strerror}; the parts beside it are kept, start it again"
+            )
             error.__cause__ = caught
         except Exception as caught:
             error = caught
-    else:
-        for _ in chunks:
-            pass
+    meeting.wait(error)  # rank 0 writes for as long as it takes
     distributed.raise_together(error)
-
-
-def _chunks(task: Task, finished: list[np.ndarray], videos: np.ndarray, kind: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """Logits (c, n, K) of the videos in order, on rank 0; on other ranks the same collectives and empty chunks."""
-    total = len(task.head.ids)
-    step = max(1, CHUNK_BYTES // kind.itemsize)
-    order = np.argsort(videos, kind="stable")
-    ranked = videos[order]
-    part_of = np.repeat(np.arange(len(finished)), [len(p) for p in finished])[order]
-    row_of = np.concatenate([np.arange(len(p)) for p in finished] or [np.zeros(0, np.int64)])[order]
-    for start in range(0, total, step):
-        end = min(total, start + step)
-        inside = slice(*np.searchsorted(ranked, [start, end]).tolist())
-        rows = np.zeros((inside.stop - inside.start, *kind["logits"].shape), np.float32)
-        for part in np.unique(part_of[inside]).tolist():
-            mine = part_of[inside] == part
-            rows[mine] = finished[part]["logits"][row_of[inside][mine]]
-        distributed.raise_together(None)  # answers rank 0, should it have failed to write
-        places = torch.from_numpy(ranked[inside] - start)
-        chunk = distributed.gather_rows(places, torch.from_numpy(rows), total=end - start)
-        yield rows[:0] if chunk is None else chunk.numpy()

@@ -7,11 +7,12 @@ SHA-256, so that a part that was damaged later is noticed. `fingerprint.json` be
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import numpy as np
 from vac_ddp.errors import UserError
 from vac_ddp.files import sweep_partials, write_atomic, write_json
 from vac_ddp.predicting.fingerprint import differences
-from vac_ddp.results.logits_file import NAME, read_views
+from vac_ddp.results.logits_file import NAME, ViewsHead, read_views
 from vac_ddp.schema import read_json
 
+CHUNK_BYTES = 64 << 20  # logits in memory at a time while they are put together
 FOLDER = "parts"
 FINGERPRINT = "fingerprint.json"
 RESULTS = (NAME, "submission.csv", "scores.csv", "metrics.json", "per_class.csv", "confusion.csv")
@@ -35,15 +37,23 @@ def record_type(views: int, classes: int) -> np.dtype[Any]:
     )
 
 
-def save_part(out: Path, records: np.ndarray) -> np.ndarray:
-    """Write records to OUT/parts; returns them as a memory map, so that what is saved need not stay in memory."""
+def save_part(out: Path, records: np.ndarray) -> str:
+    """Write records to OUT/parts; returns the name of the file."""
     buffer = io.BytesIO()
     np.save(buffer, records, allow_pickle=False)
     data = buffer.getbuffer()
     name = f"part-{int(records['video'][0]):08}-{hashlib.sha256(data).hexdigest()[:16]}.npy"
+    write_atomic(out / FOLDER / name, lambda stream: stream.write(data))
+    return name
+
+
+def read_part(out: Path, name: str) -> np.ndarray:
+    """The records of a part as a memory map. OSError where its bytes are not those that were written."""
     path = out / FOLDER / name
-    write_atomic(path, lambda stream: stream.write(data))
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+        raise OSError(errno.EIO, "it is not what was written", str(path))
+    records: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return records
 
 
 def read_parts(
@@ -58,8 +68,7 @@ def read_parts(
     for path in sorted((out / FOLDER).glob("part-*.npy")):
         reason = "is damaged"
         try:
-            good = hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem.rpartition("-")[2]
-            part = np.load(path, mmap_mode="r", allow_pickle=False) if good else None
+            part = read_part(out, path.name)
         except Exception:  # numpy reads its header as Python, with whatever that raises
             part = None
         if part is not None:
@@ -72,6 +81,33 @@ def read_parts(
         say(f"{path} {reason}: its videos are computed again")
         path.unlink(missing_ok=True)
     return parts, np.flatnonzero(done)
+
+
+def joined(parts: Sequence[np.ndarray], head: ViewsHead, kind: np.dtype[Any]) -> tuple[ViewsHead, Iterator[np.ndarray]]:
+    """The head with what the parts say of damage, and their logits (c, n, K) in the order of the videos, in chunks.
+
+    Raises RuntimeError where a video of the head is in no part, or in two.
+    """
+    columns = [(part["video"], part["damaged"], part["failed"]) for part in parts]
+    videos, damaged, failed = (np.concatenate(column) for column in zip(*columns, strict=True))
+    order = np.argsort(videos, kind="stable")
+    if not np.array_equal(videos[order], np.arange(len(head.ids))):
+        raise RuntimeError(
+            f"the parts have {len(videos)} videos, {len(np.unique(videos))} different ones, of {len(head.ids)}"
+        )
+    part_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[order]
+    row_of = np.concatenate([np.arange(len(part)) for part in parts])[order]
+
+    def chunks() -> Iterator[np.ndarray]:
+        step = max(1, CHUNK_BYTES // kind.itemsize)
+        for start in range(0, len(order), step):
+            numbers, places = part_of[start : start + step], row_of[start : start + step]
+            rows = np.empty((len(numbers), *kind["logits"].shape), np.float32)
+            for number in np.unique(numbers).tolist():
+                rows[numbers == number] = parts[number]["logits"][places[numbers == number]]
+            yield rows
+
+    return replace(head, damaged=damaged[order], failed=failed[order]), chunks()
 
 
 @dataclass(kw_only=True)

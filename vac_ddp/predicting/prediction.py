@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 import tempfile
@@ -18,11 +17,8 @@ import torch
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import Index
-from vac_ddp.data.loader import worker_count
+from vac_ddp.data.loader import Loader, test_loader, worker_count
 from vac_ddp.errors import Findings, UserError
-from vac_ddp.models import load_model
-from vac_ddp.models.compilation import compile_if_it_works
-from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.models.weight_files import Source
 from vac_ddp.predicting.all_videos import Done, predict_views
 from vac_ddp.predicting.inputs import lay_out, part_of, read_index
@@ -37,7 +33,7 @@ from vac_ddp.runtime.lock import RunLock
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import say
 from vac_ddp.runtime.signals import StopRequest
-from vac_ddp.scoring.forward import AUTO_CLIPS, Scorer, first_pass, pass_size
+from vac_ddp.scoring.scorer import Scorer, open_scorer, prepare
 from vac_ddp.settings import Config
 from vac_ddp.text import listed
 
@@ -161,23 +157,6 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
-    """The model of a checkpoint on its device, with what its views need."""
-    wanted = dataclasses.replace(config.model, weights=str(source.path))
-    loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
-    if loaded.report.missing:
-        raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
-    return Scorer(
-        model=loaded.model.to(device).eval(),
-        device=device,
-        autocast=AUTOCAST[precision_of(config, device)],
-        mean=tuple(loaded.mean),
-        std=tuple(loaded.std),
-        flip=config.predict.views.flip,
-        clips_per_gpu=config.predict.clips_per_gpu,
-    )
-
-
 def score(
     task: Task,
     config: Config,
@@ -190,43 +169,30 @@ def score(
     quiet: bool = False,
 ) -> Done:
     """Send all views through the model."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
+    views, reduced = config.predict.views, config.data.reduced_decode
+    dataset = TestViews(index, np.arange(len(index)), config.clip, views, tolerant=True, reduced=reduced)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def load(videos: list[int]) -> Loader:
+        return test_loader(
+            dataset,
+            videos,
+            videos_per_batch=1,
+            workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),
+            prefetch=config.data.prefetch,
+            pin=scorer.device.type == "cuda",
+        )
+
     return predict_views(
         task,
         scorer,
-        TestViews(
-            index,
-            np.arange(len(index)),
-            config.clip,
-            config.predict.views,
-            tolerant=True,
-            reduced=config.data.reduced_decode,
-        ),
+        load,
         out,
-        workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),
-        prefetch=config.data.prefetch,
         save_every=config.predict.save_every,
         overwrite=overwrite,
-        stop=lambda: bool(stop()),
-        say=say,
+        stop=stop,
         progress=_bar() if distributed.is_main() and sys.stderr.isatty() and not quiet else lambda done, total: None,
-    )
-
-
-def prepare(scorer: Scorer, config: Config, clips: int) -> None:
-    """Compile the model and find the size of a pass, where so many `clips` of this rank are worth it."""
-    most = clips if clips >= WORTH_TRYING else 0
-    scorer.clips_per_gpu = pass_size(scorer, config.clip, most=most) if most else scorer.clips_per_gpu
-    size = scorer.clips_per_gpu if isinstance(scorer.clips_per_gpu, int) else AUTO_CLIPS[scorer.device.type]
-    scorer.pad = compile_if_it_works(
-        scorer.model,
-        lambda: first_pass(scorer, config.clip, size),
-        setting="predict.compile",
-        wanted=config.predict.compile,
-        default=scorer.device.type == "cuda" and clips >= WORTH_TRYING,
-        gather=distributed.all_gather_objects,
-        say=say,
     )
 
 

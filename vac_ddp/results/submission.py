@@ -177,7 +177,9 @@ class Record:
 
 def parse(text: str) -> list[Record]:
     """Cut CSV text into records without losing a character: joining cells by commas and ends gives it back."""
-    records, cells, place, line = [], [], 0, 1
+    records: list[Record] = []
+    cells: list[str] = []
+    place, line = 0, 1
     while place < len(text) or cells:
         match = _CELL.match(text, place)
         cell = match.group() if match else ""

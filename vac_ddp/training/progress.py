@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from vac_ddp.training import health
 
@@ -49,4 +49,4 @@ class Validation:
     top1: float
     loss: float
     figures: dict[str, float]
-    logits: torch.Tensor | None = None
+    logits: np.ndarray | None = None

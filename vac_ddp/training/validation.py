@@ -3,89 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.loader import TestBatch, test_loader, to_device
-from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import UserError
-from vac_ddp.models.precision import autocast as autocast_to
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.results.logits_file import ViewsHead, write_views
 from vac_ddp.results.metrics import classification_metrics
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.monitor import PROCESS
+from vac_ddp.scoring.engine import scored_videos
+from vac_ddp.scoring.scorer import Scorer
 from vac_ddp.settings import Config
 from vac_ddp.training.data_setup import Data
 from vac_ddp.training.progress import Validation
 from vac_ddp.training.step import Stepper
 
-ASK_EVERY = 8
-
-
-def rank_places(total: int, rank: int, world: int) -> list[int]:
-    """The videos of one rank: its places among `total`, dealt in turns. Ranks may differ by one, or get none."""
-    return list(range(rank, total, world))
-
-
-@torch.no_grad()
-def video_logits(
-    model: nn.Module,
-    batches: Iterable[TestBatch],
-    *,
-    rounds: int,
-    total: int,
-    num_classes: int,
-    clips_per_gpu: int,
-    flip: bool,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    stop: Callable[[], bool],
-    advance: Callable[[int], None],
-    damage: Callable[[list[str]], None],
-) -> tuple[torch.Tensor | None, bool]:
-    """Mean logits of the views of every video, on rank 0: ((total, K) float32 or None, whether it was stopped).
-
-    batches: this rank's videos, on `device`. rounds: the largest number of batches of any rank, so that all ask `stop`,
-    an agreement of all ranks, equally often; once it says yes, all return (None, True).
-    """
-    was_training = model.training
-    model.eval()
-    places, rows = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, num_classes)]
-    mine = iter(batches)
-    try:
-        for turn in range(rounds):
-            if turn % ASK_EVERY == 0 and stop():
-                return None, True
-            batch = next(mine, None)
-            if batch is None:
-                continue
-            PROCESS.progress()
-            damage(batch.damage)
-            advance(len(batch.places))
-            parts = []
-            for clips in batch.clips.flatten(0, 1).split(clips_per_gpu):
-                pixels = normalize(clips, mean, std, torch.float32)
-                with autocast_to(device, autocast):
-                    logits = model(pixels).float()
-                    parts.append((logits + model(pixels.flip(-1)).float()) / 2 if flip else logits)
-            logits = torch.cat(parts).view(*batch.clips.shape[:2], -1)
-            if batch.clip_of_view is not None:
-                logits = logits[:, batch.clip_of_view]
-            rows.append(logits.mean(1).cpu())
-            places.append(batch.places)
-    finally:
-        model.train(was_training)
-    return distributed.gather_rows(torch.cat(places), torch.cat(rows), total=total), False
+ASK_EVERY = 8  # batches
 
 
 class Validator:
@@ -93,49 +34,34 @@ class Validator:
 
     def __init__(self, config: Config, data: Data, stepper: Stepper, tracker: Tracker, *, workers: int) -> None:
         self.config, self.data, self.stepper, self.tracker = config, data, stepper, tracker
-        self.videos = data.split.val
-        self.places = rank_places(len(self.videos), distributed.rank(), distributed.world_size())
-        views = window_count(config.val) * config.val.crops
-        self.at_once = max(1, stepper.clips_per_gpu // views)
-        dataset = TestViews(
-            data.val_index,
-            self.videos,
-            config.clip,
-            config.val,
-            tolerant=False,
-            reduced=config.data.reduced_decode,
-        )
+        self.videos, world = data.split.val, distributed.world_size()
+        self.places = list(range(distributed.rank(), len(self.videos), world))  # ranks differ by one video at most
+        at_once = max(1, stepper.clips_per_gpu // (window_count(config.val) * config.val.crops))
+        self.rounds = math.ceil(math.ceil(len(self.videos) / world) / at_once)  # batches of the rank that has most
         self.loader = test_loader(
-            dataset,
+            TestViews(
+                data.val_index,
+                self.videos,
+                config.clip,
+                config.val,
+                tolerant=False,
+                reduced=config.data.reduced_decode,
+            ),
             self.places,
-            videos_per_batch=self.at_once,
+            videos_per_batch=at_once,
             workers=min(workers, len(self.places)),
             prefetch=config.data.prefetch,
             pin=stepper.device.type == "cuda",
         )
+        self._stopped = False
 
     def run(self, stop: Callable[[], bool]) -> Validation | None:
         """Validate once, on all ranks: figures, or None where `stop`, an agreement of all ranks, said yes."""
-        stepper, tracker = self.stepper, self.tracker
-        tracker.progress("validation", len(self.places), unit="videos")
-        logits, stopped = video_logits(
-            stepper.eval_model,
-            to_device(self.loader, stepper.device),
-            rounds=math.ceil(math.ceil(len(self.videos) / distributed.world_size()) / self.at_once),
-            total=len(self.videos),
-            num_classes=len(self.data.classes),
-            clips_per_gpu=stepper.clips_per_gpu,
-            flip=self.config.val.flip,
-            device=stepper.device,
-            autocast=stepper.autocast,
-            mean=stepper.objective.mean,
-            std=stepper.objective.std,
-            stop=stop,
-            advance=tracker.advance,
-            damage=self._say_damage,
-        )
-        tracker.end_progress()
-        if stopped:
+        self._stopped = False
+        self.tracker.progress("validation", len(self.places), unit="videos")
+        logits = self._logits(stop)
+        self.tracker.end_progress()
+        if self._stopped:
             return None
         figures = None
         if logits is not None:
@@ -143,6 +69,51 @@ class Validator:
             figures = classification_metrics(logits, labels, self.data.classes).figures()
         figures = distributed.broadcast_object(figures)
         return Validation(top1=figures["top1"], loss=figures["loss"], figures=figures, logits=logits)
+
+    def _logits(self, stop: Callable[[], bool]) -> np.ndarray | None:
+        """Mean logits of the views of every video (V, K) float32, on rank 0; None elsewhere, and if it was stopped."""
+        stepper = self.stepper
+        scorer = Scorer(
+            model=stepper.eval_model,
+            device=stepper.device,
+            autocast=stepper.autocast,
+            mean=stepper.objective.mean,
+            std=stepper.objective.std,
+            flip=self.config.val.flip,
+            clips_per_gpu=stepper.clips_per_gpu,
+            pad=stepper.compiled and stepper.ema is None,
+            setting="train.clips_per_gpu",
+        )
+        was_training = scorer.model.training
+        places, rows = [], [np.zeros((0, len(self.data.classes)), np.float32)]
+        try:
+            for video in scored_videos(scorer, self._batches(stop)):
+                assert video.logits is not None, "validation refuses videos that cannot be decoded"
+                places.append(video.place)
+                rows.append(video.logits.mean(axis=0, keepdims=True))
+        finally:
+            scorer.model.train(was_training)
+        if self._stopped:
+            return None
+        gathered = distributed.gather_rows(
+            torch.tensor(places, dtype=torch.int64), torch.from_numpy(np.concatenate(rows)), total=len(self.videos)
+        )
+        return None if gathered is None else gathered.numpy()
+
+    def _batches(self, stop: Callable[[], bool]) -> Iterator[TestBatch]:
+        """Batches of this rank, until `stop` said yes; all ranks ask it equally often, whatever they have left."""
+        own = to_device(self.loader, self.stepper.device)
+        for turn in range(self.rounds):
+            if turn % ASK_EVERY == 0 and stop():
+                self._stopped = True
+                return
+            batch = next(own, None)
+            if batch is None:
+                continue
+            PROCESS.progress()
+            self._say_damage(batch.damage)
+            self.tracker.advance(len(batch.places))
+            yield batch
 
     def _say_damage(self, lines: list[str]) -> None:
         for line in lines:
@@ -166,7 +137,7 @@ class Validator:
             failed=np.zeros(len(names), bool),
             about={"epoch": epoch, "averaged": window_count(views) * views.crops * (2 if views.flip else 1)},
         )
-        write_views(path, head, [validation.logits.numpy()[:, None]])
+        write_views(path, head, [validation.logits[:, None]])
 
     def _sources(self, names: list[str]) -> list[str]:
         config, data = self.config, self.data

@@ -1,0 +1,129 @@
+"""A model on its device with all that a forward pass over clips needs: opened from weights, compiled, sized."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vac_ddp.data.normalization import normalize
+from vac_ddp.errors import UserError
+from vac_ddp.models import load_model
+from vac_ddp.models.compilation import compile_if_it_works
+from vac_ddp.models.precision import AUTOCAST, autocast, precision_of
+from vac_ddp.models.video_model import VideoModel
+from vac_ddp.models.weight_files import Source
+from vac_ddp.runtime import distributed
+from vac_ddp.runtime.ranks import say
+from vac_ddp.settings import ClipSettings, Config
+
+AUTO_CLIPS = {"cpu": 8, "cuda": 64}  # a GPU that cannot hold them gets half as many until it can
+NAMED = 5
+WORTH_DOUBLING = 0.98  # of the time a clip takes: a larger pass must bring at least that
+WORTH_TRYING = 2000  # clips of a rank: half a minute of compiling and trying sizes is a small part of their time
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """The model and how clips go through it.
+
+    clips_per_gpu: the clips of a pass as `setting` gives them, or "auto". pad: fill the last, short pass with zeros,
+    because a compiled model would be compiled again for its size.
+    """
+
+    model: VideoModel
+    device: torch.device
+    autocast: torch.dtype | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    clips_per_gpu: int | str
+    pad: bool = False
+    setting: str = "predict.clips_per_gpu"
+
+    @property
+    def clips_per_pass(self) -> int:
+        """The clips of a pass to begin with."""
+        return self.clips_per_gpu if isinstance(self.clips_per_gpu, int) else AUTO_CLIPS[self.device.type]
+
+    @torch.no_grad()
+    def outputs(self, clips: Tensor) -> Tensor:
+        """What the model gives for clips (B, T, S, S, 3) uint8 in one pass: (B, ...) float32 on the device."""
+        pixels = normalize(clips, self.mean, self.std, torch.float32)
+        with autocast(self.device, self.autocast):
+            outputs: Tensor = self.model(pixels)
+            return outputs.float()
+
+
+def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
+    """The model of a checkpoint on its device, with what its views need."""
+    wanted = dataclasses.replace(config.model, weights=str(source.path))
+    loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
+    if loaded.report.missing:
+        raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
+    return Scorer(
+        model=loaded.model.to(device).eval(),
+        device=device,
+        autocast=AUTOCAST[precision_of(config, device)],
+        mean=tuple(loaded.mean),
+        std=tuple(loaded.std),
+        flip=config.predict.views.flip,
+        clips_per_gpu=config.predict.clips_per_gpu,
+    )
+
+
+def prepare(scorer: Scorer, config: Config, clips: int) -> None:
+    """Compile the model and find the size of a pass, where so many `clips` of this rank are worth it."""
+    if clips >= WORTH_TRYING:
+        scorer.clips_per_gpu = pass_size(scorer, config.clip, most=clips)
+    scorer.pad = compile_if_it_works(
+        scorer.model,
+        lambda: zeros_pass(scorer, config.clip, scorer.clips_per_pass),
+        setting="predict.compile",
+        wanted=config.predict.compile,
+        default=scorer.device.type == "cuda" and clips >= WORTH_TRYING,
+        gather=distributed.all_gather_objects,
+        say=say,
+    )
+
+
+def pass_size(scorer: Scorer, clip: ClipSettings, *, most: int) -> int:
+    """The clips of a pass: as set, or on a GPU as many as fit, up to `most`, while more of them take less time each.
+
+    Doubled from the usual size; each size is run twice with clips of zeros, and the second run counts.
+    """
+    size = scorer.clips_per_pass
+    if scorer.clips_per_gpu != "auto" or scorer.device.type != "cuda" or most <= size:
+        return size
+    good, before = size, float("inf")
+    while size <= most:
+        try:
+            seconds = _pass_seconds(scorer, clip, size)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            torch.cuda.empty_cache()
+        if seconds / size > WORTH_DOUBLING * before:
+            break
+        good, before, size = size, seconds / size, 2 * size
+    return good
+
+
+def zeros_pass(scorer: Scorer, clip: ClipSettings, size: int) -> None:
+    """One pass of clips of zeros."""
+    shape = (size, clip.frames, clip.size, clip.size, 3)
+    scorer.outputs(torch.zeros(shape, dtype=torch.uint8, device=scorer.device))
+
+
+def _pass_seconds(scorer: Scorer, clip: ClipSettings, size: int) -> float:
+    seconds = 0.0
+    for _ in range(2):
+        torch.cuda.synchronize(scorer.device)
+        start = time.perf_counter()
+        zeros_pass(scorer, clip, size)
+        torch.cuda.synchronize(scorer.device)
+        seconds = time.perf_counter() - start
+    return seconds
