@@ -99,14 +99,6 @@ def test_fewer_than_five_classes_and_no_samples() -> None:
     assert math.isnan(empty.top1)
 
 
-def test_tensors_and_arrays_agree(sample: tuple[np.ndarray, np.ndarray]) -> None:
-    logits, labels = sample
-    tensors = classification_metrics(torch.tensor(logits, requires_grad=True), torch.tensor(labels), CLASSES)
-    assert tensors.figures() == classification_metrics(logits, labels, CLASSES).figures()
-    half = classification_metrics(torch.tensor(logits).bfloat16(), torch.tensor(labels), CLASSES)
-    assert half.count == 400
-
-
 @pytest.mark.parametrize("labels", [[0, 7], [0, -2], [0]])
 def test_labels_that_do_not_fit(labels: list[int]) -> None:
     with pytest.raises(ValueError, match="class"):

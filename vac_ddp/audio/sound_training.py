@@ -14,7 +14,7 @@ from vac_ddp.audio.sounds import Sounds
 from vac_ddp.audio.spectrogram import SoundModel
 from vac_ddp.data.clip_sampling import AUGMENT, FRAMES, ORDER, generator
 from vac_ddp.predicting.fingerprint import data_mark
-from vac_ddp.results.logits_file import ViewsHead
+from vac_ddp.results.logits_file import ViewsHead, log_prior
 
 SMOOTHING, DECAY, WARM_UP = 0.1, 0.05, 0.1  # label smoothing, weight decay, share of the steps with a rising rate
 
@@ -96,7 +96,7 @@ def predict_sounds(
     classes: (K,) names; an unlabelled index has none. counts: (K,) training videos of each class.
     """
     length, index = model.settings.samples, sounds.index
-    prior = np.log(np.maximum(counts, 0.5) / np.maximum(counts, 0.5).sum()).astype(np.float32)
+    prior = log_prior(counts.tolist(), len(counts))
     logits = np.tile(prior, (len(videos), windows, 1))
     failed = np.ones(len(videos), bool)
     for place, video in enumerate(videos.tolist()):

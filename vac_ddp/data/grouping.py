@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,18 @@ def source_of(grammar: str, name: str, class_name: str) -> str | None:
     pattern = {"ucf101": _UCF101, "numbered": _NUMBERED, "last number": _LAST_NUMBER}[grammar]
     match = pattern.match(name)
     return match.group(1) if match else None
+
+
+def known_sources(
+    names: Sequence[str], classes: Sequence[str], settings: DataSettings, say: Callable[[str], None]
+) -> list[str]:
+    """The sources of V videos as `find_sources` infers them; each empty where it cannot, which is passed to `say`."""
+    try:
+        found = find_sources(names, classes, settings)
+    except UserError as error:
+        say(f"every video counts as its own source: {error}")
+        return [""] * len(names)
+    return [""] * len(names) if found.grammar == "none" else list(found.groups)
 
 
 def find_sources(names: Sequence[str], classes: Sequence[str], settings: DataSettings) -> Sources:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vac_ddp.data.grouping import find_sources
+from vac_ddp.data.grouping import known_sources
 from vac_ddp.data.index import Index, cache_name, open_index
 from vac_ddp.data.split import read_split
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile, need_av, write_frames
@@ -68,9 +68,4 @@ def sources_by_name(config: Config, index: Index) -> list[str]:
     names, labels = list(index.names), index.labels.tolist()
     if not labels or min(labels) < 0:
         return [""] * len(names)
-    try:
-        found = find_sources(names, [index.classes[label] for label in labels], config.data)
-    except UserError as error:
-        say(f"every video counts as its own source: {error}")
-        return [""] * len(names)
-    return list(found.groups) if found.grammar != "none" else [""] * len(names)
+    return known_sources(names, [index.classes[label] for label in labels], config.data, say)

@@ -1,14 +1,12 @@
-"""Figures of a classifier, from logits and labels that were gathered once.
+"""Figures of a classifier, from logits and labels that were gathered once, in numpy alone.
 
-Training's validation, `vac predict` on labelled folders and `vac score` all take their numbers from here. All is
-numpy, so that scoring needs no torch. Torch tensors are taken wherever an array is.
+Training's validation, `vac predict` on labelled folders and `vac score` all take their numbers from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -49,14 +47,14 @@ class Metrics:
         return {name: getattr(self, name) for name in names}
 
 
-def classification_metrics(logits: Any, labels: Any, classes: Sequence[str]) -> Metrics:
+def classification_metrics(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Metrics:
     """Accuracy, loss, calibration and confusion of logits (N, K) against labels (N,) int64.
 
     Rows labelled -1 are left out. Equal logits are ranked by class number, so every figure is a function of the values
     alone; a row with a NaN is a mistake, and makes the loss NaN. `mean_class` is the mean recall of the classes that
     have samples. Raises ValueError where the shapes or labels do not fit `classes`.
     """
-    logits, labels = _array(logits), _array(labels).astype(np.int64)
+    labels = labels.astype(np.int64)
     size = len(classes)
     if logits.ndim != 2 or logits.shape[1] != size or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {logits.shape} and labels {labels.shape} do not fit {size} classes")
@@ -92,9 +90,9 @@ def classification_metrics(logits: Any, labels: Any, classes: Sequence[str]) -> 
     )
 
 
-def log_softmax(logits: Any) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Logarithm of the softmax over the last axis, in float64."""
-    values = _array(logits).astype(np.float64)
+    values = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         values = values - values.max(axis=-1, keepdims=True)
         return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
@@ -107,21 +105,20 @@ def top_classes(scores: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.take_along_axis(probabilities, order, axis=1)
 
 
-def label_places(logits: Any, labels: Any) -> np.ndarray:
+def label_places(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Place (N,) int64 of the label among the sorted logits (N, K), from 0; equal logits count in class order.
 
     A row with a NaN gets place K: it is right for no k.
     """
-    logits, labels = _array(logits), _array(labels)
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
     places = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
     return np.where(np.isnan(logits).any(axis=1), logits.shape[1], places)
 
 
-def confusion_matrix(labels: Any, predicted: Any, size: int) -> np.ndarray:
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, size: int) -> np.ndarray:
     """How often class i (row) was taken for class j (column): (K, K) int64."""
-    cells = _array(labels).astype(np.int64) * size + _array(predicted).astype(np.int64)
+    cells = labels.astype(np.int64) * size + predicted.astype(np.int64)
     return np.bincount(cells, minlength=size * size).reshape(size, size).astype(np.int64)
 
 
@@ -149,9 +146,9 @@ def per_class_table(confusion: np.ndarray, classes: Sequence[str]) -> list[Class
     return rows
 
 
-def expected_calibration_error(confidence: Any, correct: Any, *, bins: int = 15) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> float:
     """Mean distance between confidence (N,) and accuracy over equal bins of confidence (Guo et al. 2017)."""
-    confidence, correct = _array(confidence).astype(np.float64), _array(correct).astype(np.float64)
+    confidence, correct = confidence.astype(np.float64), correct.astype(np.float64)
     good = np.isfinite(confidence)
     if not good.all():
         confidence, correct = confidence[good], correct[good]
@@ -161,7 +158,12 @@ def expected_calibration_error(confidence: Any, correct: Any, *, bins: int = 15)
 
 
 def bootstrap_interval(
-    correct: Any, groups: Sequence[Any] | None = None, *, level: float = 0.95, samples: int = 2000, seed: int = 0
+    correct: np.ndarray | Sequence[bool],
+    groups: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of the mean of `correct` (N,), drawing whole sources with replacement.
 
@@ -169,7 +171,7 @@ def bootstrap_interval(
     each clip's source (None: every clip is its own). The same arguments always give the same interval. With fewer than
     two sources there is nothing to draw from: (NaN, NaN).
     """
-    correct = _array(correct).astype(np.float64)
+    correct = np.asarray(correct, np.float64)
     if groups is None:
         right, size = correct, np.ones(len(correct))
     else:
@@ -186,16 +188,6 @@ def bootstrap_interval(
         means[number] = right[drawn].sum() / size[drawn].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _array(values: Any) -> np.ndarray:
-    """`values` as numpy, from numpy, lists, or tensors of any device."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        if not str(values.dtype).endswith(("float32", "float64")) and values.is_floating_point():
-            values = values.float()  # numpy has no bfloat16
-        return values.numpy()
-    return np.asarray(values)
 
 
 def _share(part: float, whole: float) -> float:

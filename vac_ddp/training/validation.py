@@ -11,9 +11,8 @@ import torch
 
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.grouping import find_sources
+from vac_ddp.data.grouping import known_sources
 from vac_ddp.data.loader import TestBatch, test_loader, to_device
-from vac_ddp.errors import UserError
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.results.logits_file import ViewsHead, write_views
 from vac_ddp.results.metrics import classification_metrics
@@ -140,12 +139,8 @@ class Validator:
         write_views(path, head, [validation.logits[:, None]])
 
     def _sources(self, names: list[str]) -> list[str]:
-        config, data = self.config, self.data
-        if not config.data.val:
+        data = self.data
+        if not self.config.data.val:
             return [data.split.groups[video] for video in self.videos.tolist()]
-        try:
-            labels = data.val_index.labels[self.videos].tolist()
-            found = find_sources(names, [data.classes[label] for label in labels], config.data)
-        except UserError:  # the names of these videos do not tell, or not by this rule
-            return [""] * len(names)
-        return [""] * len(names) if found.grammar == "none" else list(found.groups)
+        labels = data.val_index.labels[self.videos].tolist()
+        return known_sources(names, [data.classes[label] for label in labels], self.config.data, lambda text: None)
