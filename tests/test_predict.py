@@ -28,7 +28,7 @@ from vac_ddp.models import file_state, load_model
 from vac_ddp.predict import main, predict
 from vac_ddp.predicting import all_videos, part_files
 from vac_ddp.predicting.inputs import lay_out
-from vac_ddp.results.logits_file import log_prior, read_views
+from vac_ddp.results.logits_file import ViewsHead, log_prior, read_views
 from vac_ddp.scoring.engine import scored_videos
 from vac_ddp.scoring.scorer import Scorer
 from vac_ddp.settings import ClipSettings, Config, DataSettings, ModelSettings, ViewSettings
@@ -179,6 +179,34 @@ def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: b
         for clip in own.permute(0, 1, 4, 2, 3).float():
             rows += [alone(clip[None]), *([alone(clip.flip(-1)[None])] if flip else [])]
         np.testing.assert_allclose(video.logits, torch.cat(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_batches_of_several_videos_come_out_video_by_video(at_once: int) -> None:
+    """Of a video that cannot be decoded there is no row, and its neighbours keep theirs."""
+    clips = torch.randint(0, 256, (7, 2, 2, 4, 4, 3), dtype=torch.uint8)
+    decoded = torch.tensor([True, True, False, True, True, False, True])
+    batches = [
+        TestBatch(
+            clips=clips[rows],
+            places=torch.arange(7)[rows],
+            videos=10 + torch.arange(7)[rows],
+            labels=torch.full((7,), -1)[rows],
+            decoded=decoded[rows],
+        )
+        for rows in (slice(0, 4), slice(4, 6), slice(6, 7))
+    ]
+    scorer = Scorer(
+        model=Sums(), device=torch.device("cpu"), autocast=None, mean=(0.0,) * 3, std=(1 / 255,) * 3, flip=False,
+        clips_per_gpu=at_once,
+    )  # fmt: skip
+    found = list(scored_videos(scorer, batches))
+    assert [(v.place, v.video) for v in found] == [(i, 10 + i) for i in range(7)]
+    for video, own, good in zip(found, clips, decoded.tolist(), strict=True):
+        expected = Sums()(own.permute(0, 1, 4, 2, 3).float())
+        assert (video.logits is None) == (not good)
+        if good:
+            np.testing.assert_allclose(video.logits, expected, rtol=1e-5)
 
 
 def test_equal_windows_of_a_short_video_go_through_the_model_once(tmp_path: Path) -> None:
@@ -506,6 +534,38 @@ def test_parts_of_another_shape_or_with_a_video_twice_do_not_count(tmp_path: Pat
     assert done.tolist() == [4, 5]
     assert len(found) == 1
     assert len(said) == 2
+
+
+def test_parts_are_joined_in_the_order_of_the_videos_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_files, "CHUNK_BYTES", 100)  # two videos at a time
+    kind, rng = part_files.record_type(2, 3), np.random.default_rng(0)
+    records = np.zeros(5, kind)
+    records["video"], records["logits"] = [4, 0, 2, 3, 1], rng.normal(size=(5, 2, 3))
+    records["damaged"], records["failed"] = records["video"] * 10, records["video"] == 2
+    names = [part_files.save_part(tmp_path, records[rows]) for rows in (slice(0, 3), slice(3, 5))]
+    parts = [part_files.read_part(tmp_path, name) for name in names]
+    head = ViewsHead(
+        ids=list("abcde"), classes=list("xyz"), views=np.zeros((2, 3), np.int64), labels=np.full(5, -1),
+        sources=[""] * 5, damaged=np.zeros(5), failed=np.zeros(5, bool),
+    )  # fmt: skip
+    joined, chunks = part_files.joined(parts, head, kind)
+    found = list(chunks)
+    assert len(found) > 1
+    np.testing.assert_array_equal(np.concatenate(found), records["logits"][np.argsort(records["video"])])
+    assert (joined.damaged.tolist(), joined.failed.tolist()) == (
+        [0, 10, 20, 30, 40],
+        [False, False, True, False, False],
+    )
+    for wrong in (parts[:1], [*parts, parts[1]]):
+        with pytest.raises(RuntimeError, match="different"):
+            part_files.joined(wrong, head, kind)
+    data = bytearray((tmp_path / "parts" / names[0]).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "parts" / names[0]).write_bytes(data)
+    with pytest.raises(OSError, match="not what was written"):
+        part_files.read_part(tmp_path, names[0])
 
 
 # ---------------------------------------------------------------- many ranks

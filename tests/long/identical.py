@@ -64,7 +64,7 @@ def facts(folder: Path) -> dict[str, str]:
         if path.name.startswith("best_") or (path.suffix == ".pt" and path.parent.name == "checkpoints"):
             for key, tensor in tensors(torch.load(path, weights_only=True)):
                 found[f"{name} {key}"] = digest(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        elif path.name == "logits.npz":
+        elif path.name in ("views.npz", "validation.npz"):
             with np.load(path, allow_pickle=False) as arrays:
                 for key in ("ids", "logits", "labels"):
                     if key in arrays:
