@@ -39,7 +39,6 @@ from vac_ddp.text import listed
 
 NAMED = 5
 TOP = 5
-WORTH_TRYING = 2000  # clips of a rank: half a minute of compiling and trying sizes is a small part of their time
 
 
 @dataclass(kw_only=True)
@@ -81,7 +80,7 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
         stop.install()
         PROCESS.watch(config.health.start_timeout_s)
         try:
-            done = score(task, config, scorer, index, out, overwrite=request.overwrite, stop=stop.wanted)
+            done = score(request, task, scorer, index, out, stop=stop.wanted)
         finally:
             stop.restore()
         say_how(done, task)
@@ -134,7 +133,7 @@ def predict_here(
     index = read_index(root, config, request.source, out, labelled=kind == "labelled")
     scorer = opened()
     task = make_task(config, request.source, index, scorer.device)
-    done = score(task, config, scorer, index, out, overwrite=request.overwrite, stop=lambda: 0, quiet=quiet)
+    done = score(request, task, scorer, index, out, stop=lambda: 0, quiet=quiet)
     return read_views(out), done, faults
 
 
@@ -158,17 +157,17 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def score(
+    request: Request,
     task: Task,
-    config: Config,
     scorer: Scorer,
     index: Index,
     out: Path,
     *,
-    overwrite: bool,
     stop: Callable[[], int],
     quiet: bool = False,
 ) -> Done:
-    """Send all views through the model."""
+    """Send all views of the videos of `index` through the model, and write OUT/views.npz; called by all ranks."""
+    config = request.config
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     views, reduced = config.predict.views, config.data.reduced_decode
     dataset = TestViews(index, np.arange(len(index)), config.clip, views, tolerant=True, reduced=reduced)
@@ -190,7 +189,7 @@ def score(
         load,
         out,
         save_every=config.predict.save_every,
-        overwrite=overwrite,
+        overwrite=request.overwrite,
         stop=stop,
         progress=_bar() if distributed.is_main() and sys.stderr.isatty() and not quiet else lambda done, total: None,
     )
