@@ -130,6 +130,7 @@ def test_an_edit_list_hides_frames_and_nothing_is_missing(tmp_path: Path) -> Non
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 20
     assert levels(frames_of(path)) == list(range(5, 20))
+    assert levels(VideoFile(path=path).frames_at([0, 14])) == [5, 19]
 
 
 def test_empty_chunks_of_an_avi_are_no_missing_frames(tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def test_a_clock_that_jumps_is_read_as_continuous(tmp_path: Path, jump: float) -
     assert levels(frames_of(path)) == list(range(20))
     assert levels(frames_of(path, rate=RATE)) == list(range(20))
     assert len(frames_of(path, rate=5)) == 10
+    assert levels(VideoFile(path=path).frames_at([3, 12])) == [3, 12]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,55 @@ def test_no_frame_is_lost_and_the_work_is_bounded(
 def test_a_stream_without_time_stamps_is_played_at_its_rate(tmp_path: Path) -> None:
     path = encode(tmp_path / "raw.mpg", range(12), container="m4v")
     assert levels(frames_of(path)) == list(range(12))
+    assert levels(VideoFile(path=path).frames_at([11, 2])) == [11, 2]
+
+
+# ---------------------------------------------------------------- single frames
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"g": "12", "bf": "2", "crf": "10"}),
+        ("a.mkv", "libx264", {"g": "12", "bf": "3", "crf": "10", "x264-params": "open-gop=1"}),
+        ("a.avi", "mpeg4", {"g": "12", "bf": "2", "qscale": "2"}),
+        ("a.ts", "mpeg2video", {"g": "12", "bf": "2", "qscale": "2"}),
+        ("a.webm", "libvpx-vp9", {"g": "12", "crf": "10", "cpu-used": "8"}),
+    ],
+)
+def test_single_frames_are_those_of_the_whole_pass(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+    path = encode(tmp_path / name, [(7 * i) % 25 for i in range(60)], codec=codec, options=options)
+    video = VideoFile(path=path)
+    whole = list(video.frames())
+    table = video.table()
+    assert len(table) == len(whole) == 60 and table.seekable
+    for asked in ([0], [59], [13, 14, 40], [50, 3, 3, 27], list(range(60))):
+        for got, number in zip(video.frames_at(asked, table), asked, strict=True):
+            np.testing.assert_array_equal(got, whole[number])
+    assert video.frames_at([5], table, short_side=24)[0].shape == (24, 32, 3)
+    with pytest.raises(IndexError, match="60 frames"):
+        video.frames_at([60], table)
+
+
+def test_single_frames_are_read_without_those_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vac_ddp.data.video_stream import Picture
+
+    path = encode(tmp_path / "a.mkv", range(100), options={"g": "10", "qscale": "2"})
+    decoded = []
+    plain = Picture.decode
+
+    def count(self: Picture):
+        for frame in plain(self):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(Picture, "decode", count)
+    assert len(VideoFile(path=path).frames_at([25, 95])) == 2
+    assert len(decoded) <= 20  # of two groups of ten
 
 
 # ---------------------------------------------------------------- sound

@@ -125,6 +125,11 @@ class Picture:
         return best
 
     @property
+    def timed(self) -> bool:
+        """Whether the container stores for each packet when its frame is shown."""
+        return bool({"mp4", "matroska"} & set(self.container.format.name.split(",")))
+
+    @property
     def duration(self) -> float | None:
         """Length in seconds that the headers claim for the video, None where they claim none.
 
