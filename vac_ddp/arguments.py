@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vac_ddp.checks import check, leaves, shown, type_name
+from vac_ddp.checks import check, leaves, short, type_name
 from vac_ddp.config import find_config, one_rate, override, read_yaml, to_yaml
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Bounds, Config
@@ -39,7 +39,7 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], fl
         with contextlib.suppress(ValueError):
             if (value := kind(text)) in allowed:
                 return value
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {allowed}; got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {allowed}; got {short(text)}")
 
     return read
 
@@ -85,7 +85,7 @@ def parse_settings(argv: list[str], *, program: str = "", about: str = "") -> Co
     for word in words:
         if word.startswith("-"):
             near = difflib.get_close_matches(word, ["--config", "--debug", "--print-config", "--help"], 1)
-            raise UserError(f"unknown flag {shown(word)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+            raise UserError(f"unknown flag {short(word)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
     config, notes = Config(), []
     if flags.config:
         path = find_config(flags.config)

@@ -53,14 +53,14 @@ def type_name(annotation: Any) -> str:
     return {"str": "text", "bool": "true|false"}.get(name, name)
 
 
-def shown(value: Any) -> str:
-    """A value as an error repeats it: shortened text, or what sort of container it is."""
+def short(value: Any) -> str:
+    """A value as an error repeats it: short text, or what sort of container it is."""
     names: dict[Any, str] = {dict: "a mapping", list: "a list", tuple: "a list", set: "a set"}
     text = "null" if value is None else names.get(type(value)) or str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
-def expected(field: dataclasses.Field[Any]) -> str:
+def accepts(field: dataclasses.Field[Any]) -> str:
     """What a setting takes: its type and its bounds."""
     bounds = field.metadata["bounds"]
     return type_name(field.type) + (f", {bounds}" if bounds else "")
@@ -105,7 +105,7 @@ def check_bounds(config: Config, groups: tuple[str, ...] = ("",)) -> None:
         value = functools.reduce(getattr, name.split("."), config)
         numbers = value if isinstance(value, list | tuple) else [value]
         if bounds and any(n not in bounds for n in numbers if isinstance(n, int | float)):
-            raise UserError(f"{name}={shown(','.join(map(str, numbers)))}: expected {expected(field)}")
+            raise UserError(f"{name}={short(','.join(map(str, numbers)))}: expected {accepts(field)}")
 
 
 def check_clips(clip: ClipSettings) -> None:

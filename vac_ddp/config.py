@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vac_ddp.checks import expected, leaves, shown
+from vac_ddp.checks import accepts, leaves, short
 from vac_ddp.errors import UserError
 from vac_ddp.settings import REMOVED, Config
 
@@ -64,7 +64,7 @@ def read_value(value: Any, annotation: Any) -> Any:
                 return BOOLEANS[text.lower()]
         else:
             return annotation(text)
-    raise ValueError(shown(value))
+    raise ValueError(short(value))
 
 
 def _split(text: str) -> list[str]:
@@ -81,7 +81,7 @@ def unknown_setting(name: str) -> UserError:
     near = difflib.get_close_matches(name[:80], names, 1, 0.5)
     if not near:
         near = [n for n in names if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
-    return UserError(f"unknown setting {shown(name)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    return UserError(f"unknown setting {short(name)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
 
 
 def was_removed(name: str, value: Any, where: str = "") -> bool:
@@ -89,7 +89,7 @@ def was_removed(name: str, value: Any, where: str = "") -> bool:
     if name not in REMOVED:
         return False
     if value not in REMOVED[name].harmless:
-        raise UserError(f"{where}{name}={shown(value)}: this setting was removed; {REMOVED[name].why}")
+        raise UserError(f"{where}{name}={short(value)}: this setting was removed; {REMOVED[name].why}")
     return True
 
 
@@ -102,7 +102,7 @@ def find_config(name: str) -> Path:
         if os.path.isfile(candidate):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             return candidate
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    raise UserError(f"no settings file {shown(name)}; presets: {', '.join(presets) or 'none found'}")
+    raise UserError(f"no settings file {short(name)}; presets: {', '.join(presets) or 'none found'}")
 
 
 def read_yaml(path: Path, base: Config | None = None) -> Config:
@@ -143,7 +143,7 @@ def _load_yaml(path: Path) -> Any:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
             if len(set(names)) < len(names):
                 twice = min(name for name, count in Counter(names).items() if count > 1)
-                raise yaml.constructor.ConstructorError(problem=f"{shown(twice)} is given twice")
+                raise yaml.constructor.ConstructorError(problem=f"{short(twice)} is given twice")
             return super().construct_mapping(node, deep)
 
     Loader.yaml_implicit_resolvers = {
@@ -188,7 +188,7 @@ def _set(config: Config, name: str, value: Any, *, where: str = "") -> None:
     try:
         parsed = read_value(value, field.type)
     except ValueError:
-        raise UserError(f"{where}{name}={shown(value)}: expected {expected(field)}") from None
+        raise UserError(f"{where}{name}={short(value)}: expected {accepts(field)}") from None
     *groups, last = name.split(".")
     setattr(functools.reduce(getattr, groups, config), last, parsed)
 
@@ -197,7 +197,7 @@ def override(config: Config, text: str) -> None:
     """Apply one `group.name=value` to `config`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"'{shown(text)}' is no setting: write group.name=value, or see --help")
+        raise UserError(f"'{short(text)}' is no setting: write group.name=value, or see --help")
     if was_removed(name, value):
         return
     if name not in leaves():
