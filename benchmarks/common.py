@@ -215,21 +215,3 @@ def training_set(index: Index, config: Config, noise_size: int) -> TrainClips:
 def keys_of(index: Index, count: int) -> list[Key]:
     """Draws over all videos in turn."""
     return [Key(0, draw, draw % len(index)) for draw in range(count)]
-
-
-def random_batch(config: Config, ours: Ours, clips: int) -> Batch:
-    """Random pixels with the parameters of real draws."""
-
-    class Nothing:
-        """An index of videos that is never read."""
-
-        labels, frame_counts = torch.zeros(1, dtype=torch.int64).numpy(), torch.full((1,), 64).numpy()
-        names = ("video",)
-
-    class Random(TrainClips):
-        def _read(self, key: Any, out: torch.Tensor) -> list[str]:
-            out.random_(0, 256)
-            return []
-
-    dataset = Random(Nothing(), Nothing.labels[:1], config, ours.stepper.model.noise_size, 0)  # type: ignore[arg-type]
-    return dataset.__getitems__([Key(0, draw, 0) for draw in range(clips)])

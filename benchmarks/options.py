@@ -40,6 +40,7 @@ from benchmarks.common import (
 from vac_ddp.data.batch import Batch
 from vac_ddp.data.loader import to_device
 from vac_ddp.errors import DONE
+from vac_ddp.runtime.torch_compat import uncompile
 from vac_ddp.settings import Config
 
 Run = Callable[[Stopwatch], float]
@@ -102,8 +103,8 @@ class Bench:
         """Blocks compiled in another way, against the way they are."""
 
         def prepare(ours: Ours) -> None:
+            uncompile(ours.stepper.model)
             for module in ours.stepper.model.compiled_modules():
-                module._compiled_call_impl = None  # type: ignore[assignment]
                 module.compile(fullgraph=mode is None, mode=mode, dynamic=dynamic)
 
         return self.steps(prepare), self.steps()

@@ -11,7 +11,11 @@ import simplejpeg
 import torch
 
 from tests.image_files import encode as encode
+from vac_ddp.data.batch import Batch
+from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.frames import resize_crop
+from vac_ddp.data.sampler import Key
+from vac_ddp.settings import Config
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -80,3 +84,10 @@ class MemoryVideos:
 
     def frame_name(self, video: int, frame: int) -> str:
         return f"{self.names[video]}/{frame + 1:04d}.jpg"
+
+
+def random_batch(config: Config, noise_size: int, clips: int) -> Batch:
+    """The load batch of so many draws of one video."""
+    videos = MemoryVideos([[jpeg(48, 64, frame) for frame in range(config.clip.frames)]])
+    dataset = TrainClips(videos, np.zeros(1, np.int64), config, noise_size, 0)
+    return dataset.__getitems__([Key(0, draw, 0) for draw in range(clips)])

@@ -52,7 +52,8 @@ d.end(0)
 
 ALL_REDUCE = """
 import os, torch
-from benchmarks.common import our_training, random_batch, settings_for
+from benchmarks.common import our_training, settings_for
+from tests.frame_data import random_batch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from vac_ddp.runtime import distributed as d
 
@@ -69,7 +70,7 @@ for accumulation in (1, 4):
         return default_hooks.allreduce_hook(torch.distributed.group.WORLD, bucket)
 
     ours.stepper.network.register_comm_hook(None, hook)
-    batch = random_batch(config, ours, 2 * accumulation)
+    batch = random_batch(config, ours.stepper.model.noise_size, 2 * accumulation)
     ours.stepper.run([batch], step=0, samples=config.train.global_batch, lr=1e-6, began=0.0)
     found.append(reduced[0])
 assert found == 2 * [4 * sum(p.numel() for p in ours.stepper.model.parameters() if p.requires_grad)], found

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.common import our_training, random_batch, settings_for
+from benchmarks.common import our_training, settings_for
+from tests.frame_data import random_batch
 from tests.runs import Workplace
 from tests.support import environment
 from vac_ddp.errors import UserError
@@ -280,7 +281,7 @@ def test_nothing_in_a_step_waits_for_a_gpu(compile: bool) -> None:
     config.augment.randaugment, config.augment.erase = "rand-m7-n4-mstd0.5-inc1", 0.5
     config.train.global_batch = 8
     ours = our_training(config, device)
-    batch = random_batch(config, ours, 8).to(device)
+    batch = random_batch(config, ours.stepper.model.noise_size, 8).to(device)
     for step in range(3):
         ours.step([batch], step)
     torch.cuda.synchronize()
