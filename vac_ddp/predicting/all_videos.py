@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def predict_views(
     own = todo[deal(task.costs[todo], distributed.world_size())[distributed.rank()]].tolist()
     share, meeting = _Share(task, out, kind, save_every, result), Meeting()
     error: BaseException | None = None
+    start = time.perf_counter()
     try:
         share.score(scorer, load(own), lambda: meeting.ended(bool(stop())), lambda done: progress(done, len(own)))
     except OSError as caught:
@@ -78,7 +79,7 @@ def predict_views(
     distributed.raise_together(error)
     if stopped:
         raise Interrupted("stopped; the videos that are finished are saved, start it again to go on")
-    result.seconds, result.waited = share.clock.seconds(), share.clock.waited
+    result.seconds = time.perf_counter() - start
     _gather_notes(result)
     _write_together(task, out, kind, found.parts, share.names)
     part_files.drop_parts(out)
@@ -91,7 +92,6 @@ class _Share:
     def __init__(self, task: Task, out: Path, kind: np.dtype[Any], save_every: int, result: Done) -> None:
         self.task, self.out, self.kind, self.save_every, self.result = task, out, kind, save_every, result
         self.names: list[str] = []
-        self.clock = Clock()
         self._waiting: list[tuple[Scored, int]] = []  # with their damaged frames
         self._damaged: dict[int, int] = {}  # damaged frames of videos that are on their way
 
@@ -113,8 +113,13 @@ class _Share:
 
     def _batches(self, loader: Loader) -> Iterator[TestBatch]:
         """The batches of one video, whose damaged frames are counted, and named in the result."""
-        result = self.result
-        for batch in self.clock.waiting_for(loader):
+        result, batches = self.result, iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            result.waited += time.perf_counter() - asked
+            if batch is None:
+                return
             self._damaged[int(batch.videos)] = loader.damaged - result.damaged_frames
             result.damaged_frames = loader.damaged
             result.damage += batch.damage[: NAMED - len(result.damage)]
@@ -144,29 +149,6 @@ class _Share:
 
 
 # ---------------------------------------------------------------- the ranks together
-
-
-class Clock:
-    """Seconds since the first item was asked for, and how many of them went into waiting for items."""
-
-    def __init__(self) -> None:
-        self.waited = 0.0
-        self._start = time.perf_counter()
-
-    def waiting_for(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items, with the time until each of them counted."""
-        source = iter(items)
-        while True:
-            asked = time.perf_counter()
-            item = next(source, None)
-            self.waited += time.perf_counter() - asked
-            if item is None:
-                return
-            yield item
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
 
 
 class Meeting:

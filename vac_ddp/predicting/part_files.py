@@ -22,6 +22,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.files import sweep_partials, write_atomic, write_json
 from vac_ddp.predicting.fingerprint import differences
 from vac_ddp.results.logits_file import NAME, ViewsHead, read_views
+from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.schema import read_json
 
 CHUNK_BYTES = 64 << 20  # logits in memory at a time while they are put together
@@ -49,6 +50,7 @@ def save_part(out: Path, records: np.ndarray) -> str:
 
 def read_part(out: Path, name: str) -> np.ndarray:
     """The records of a part as a memory map. OSError where its bytes are not those that were written."""
+    PROCESS.progress()  # rank 0 reads and joins for as long as it takes
     path = out / FOLDER / name
     if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.rpartition("-")[2]:
         raise OSError(errno.EIO, "it is not what was written", str(path))
@@ -101,6 +103,7 @@ def joined(parts: Sequence[np.ndarray], head: ViewsHead, kind: np.dtype[Any]) ->
     def chunks() -> Iterator[np.ndarray]:
         step = max(1, CHUNK_BYTES // kind.itemsize)
         for start in range(0, len(order), step):
+            PROCESS.progress()
             numbers, places = part_of[start : start + step], row_of[start : start + step]
             rows = np.empty((len(numbers), *kind["logits"].shape), np.float32)
             for number in np.unique(numbers).tolist():
@@ -138,26 +141,22 @@ def open_out(
             sweep_partials(folder)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
-    nothing = Found(complete=False, parts=[], done=np.zeros(0, np.int64))
+    stored = out / FOLDER / FINGERPRINT
     if overwrite:
         clear(out)
-        return _begin(out, fingerprint, nothing)
-    if (out / NAME).exists():
-        views = read_views(out / NAME)
-        _compare(views.about.get("fingerprint", {}), fingerprint, out / NAME, say)
+    elif (out / NAME).exists():
+        _compare(read_views(out / NAME).about.get("fingerprint", {}), fingerprint, out / NAME, say)
         return Found(complete=True, parts=[], done=np.arange(videos))
-    stored = out / FOLDER / FINGERPRINT
-    if stored.exists():
-        before = read_json(stored, dict[str, str], remedy="--overwrite starts anew")
-        _compare(before, fingerprint, out / FOLDER, say)
+    elif stored.exists():
+        _compare(read_json(stored, dict[str, str], remedy="--overwrite starts anew"), fingerprint, out / FOLDER, say)
         parts, done = read_parts(out, kind, videos, say)
         return Found(complete=False, parts=parts, done=done)
-    foreign = [name for name in RESULTS if (out / name).exists()]
-    if foreign:
+    elif foreign := [name for name in RESULTS if (out / name).exists()]:
         raise UserError(
             f"{out} holds a {foreign[0]} of something else: give another --out, or --overwrite to write over it"
         )
-    return _begin(out, fingerprint, nothing)
+    write_json(stored, fingerprint)
+    return Found(complete=False, parts=[], done=np.zeros(0, np.int64))
 
 
 def clear(out: Path) -> None:
@@ -171,11 +170,6 @@ def drop_parts(out: Path) -> None:
     """Remove OUT/parts, as far as other machines let go of it."""
     with contextlib.suppress(OSError):
         shutil.rmtree(out / FOLDER)
-
-
-def _begin(out: Path, fingerprint: dict[str, str], nothing: Found) -> Found:
-    write_json(out / FOLDER / FINGERPRINT, fingerprint)
-    return nothing
 
 
 def _compare(stored: dict[str, str], now: dict[str, str], where: Path, say: Callable[[str], None]) -> None:
