@@ -50,7 +50,7 @@ def run_all(code: Path, folder: Path) -> None:
             run = f"{family}-{ranks}"
             words = ["--config=settings.yaml", f"model.name={family}", f"run.dir={run}", "train.clips_per_gpu=1"]
             python("vac_ddp.train", *words, "train.epochs=2", ranks=ranks)
-            python("vac_ddp.predict", "--run", run, "--data", "data_test", ranks=ranks)
+            python("vac_ddp.predict", f"run.dir={run}", "--data", "data_test", ranks=ranks)
     words = ["--config=settings.yaml", "run.dir=resumed"]
     python("vac_ddp.train", *words, "train.max_steps=4")
     python("vac_ddp.train", *words, "train.max_steps=7", "run.resume=auto")
