@@ -23,7 +23,8 @@ import torch
 from vac_ddp import train
 from vac_ddp.errors import UserError
 from vac_ddp.runtime import distributed
-from vac_ddp.training import checkpoint, objective, step, trainer, validation
+from vac_ddp.scoring import scorer
+from vac_ddp.training import checkpoint, objective, step, trainer
 
 WHAT, *PAIRS = os.environ["FAULT"].split()
 KEYS = dict(pair.split("=") for pair in PAIRS)
@@ -216,7 +217,7 @@ def arm() -> None:
     elif place == "piece":
         wrap(step.Stepper, "_forward_piece", at_second_piece)
     elif place == "validation":
-        wrap(validation, "normalize", lambda *_a, **_k: due() and strike())
+        wrap(scorer, "normalize", lambda *_a, **_k: due() and strike())
     elif place == "setup":
         wrap(trainer, "make_stepper", lambda *_a, **_k: due() and strike())
     elif place == "save":
