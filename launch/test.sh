@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint and the fast tests, on a fresh machine with nothing but Python 3.11. Arguments go to pytest.
+# Format, lint, layers, types and the fast tests, on a fresh machine with nothing but Python 3.11. Arguments go to pytest.
 #
 #     bash launch/test.sh
 #     bash launch/test.sh tests/test_synth.py -x
@@ -15,9 +15,13 @@ set_up
 say "ruff"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
-if "$python" -c 'import importlinter' 2>/dev/null; then
-    say "layers"
+if "$python" -c 'import importlinter, mypy' 2>/dev/null; then
+    say "layers (import-linter)"
     "$python" -c 'from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))'
+    say "types (mypy)"
+    "$python" -m mypy
+else
+    say "layers and types are not checked: $python has no import-linter or mypy"
 fi
 if command -v shellcheck >/dev/null; then
     say "shellcheck"
