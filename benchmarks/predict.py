@@ -42,10 +42,10 @@ from benchmarks.common import (
     write,
 )
 from vac_ddp.data import frames
-from vac_ddp.data.clip_sampling import test_windows, window_count
+from vac_ddp.data.clip_sampling import view_windows, window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import open_index
-from vac_ddp.data.loader import test_loader
+from vac_ddp.data.loader import views_loader
 from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.models import load_model
@@ -200,12 +200,12 @@ def whole_prediction(options: Any, device: torch.device, index: Any, folder: Pat
             damaged=np.zeros(len(index)),
             failed=np.zeros(len(index), bool),
         ),
-        costs=video_costs(index.frame_counts, lambda n: test_windows(n, clip, views), views.crops),
+        costs=video_costs(index.frame_counts, lambda n: view_windows(n, clip, views), views.crops),
         fingerprint={"data": "benchmark"},
         prior=np.zeros(len(CLASSES), np.float32),
     )
     load = functools.partial(
-        test_loader,
+        views_loader,
         TestViews(index, np.arange(len(index)), clip, views, tolerant=True),
         videos_per_batch=1,
         workers=options.workers,

@@ -50,7 +50,7 @@ def test_preset_builds_and_takes_a_step(path: Path) -> None:
     for n_frames in (1, 24, 300):
         frames = clip_sampling.train_frames(n_frames, c.clip, rng)
         assert frames.shape == (c.clip.frames,)
-        windows = clip_sampling.test_windows(n_frames, c.clip, c.predict.views)
+        windows = clip_sampling.view_windows(n_frames, c.clip, c.predict.views)
         assert windows.shape[1] == c.clip.frames
         assert (windows >= 0).all()
         assert (windows < n_frames).all()

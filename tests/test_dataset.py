@@ -19,15 +19,15 @@ from tests.frame_data import MemoryVideos, cut_out, jpeg, write_video
 from tests.support import REPO, environment
 from vac_ddp.data import loader as loader_module
 from vac_ddp.data.batch import unit_rows
-from vac_ddp.data.clip_sampling import FRAMES, MIX, generator, test_windows, train_frames
+from vac_ddp.data.clip_sampling import FRAMES, MIX, generator, train_frames, view_windows
 from vac_ddp.data.dataset import TestViews, TrainClips
 from vac_ddp.data.index import open_index
 from vac_ddp.data.loader import (
     Loader,
     check_memory,
-    test_loader,
     to_device,
     train_loader,
+    views_loader,
     worker_count,
 )
 from vac_ddp.data.sampler import Key, StepSampler
@@ -260,7 +260,7 @@ def test_views_of_scored_videos(index: object, workers: int) -> None:
     settings = config()
     views = ViewSettings(offsets=[0, 3], crops=3)
     dataset = TestViews(index, np.arange(2, 9), settings.clip, views, tolerant=True, reduced=False)
-    loader = test_loader(dataset, [4, 0, 6], videos_per_batch=2, workers=workers, prefetch=2, pin=False)
+    loader = views_loader(dataset, [4, 0, 6], videos_per_batch=2, workers=workers, prefetch=2, pin=False)
     batches = list(loader)
     loader.close()
     assert [b.places.tolist() for b in batches] == [[4, 0], [6]]
@@ -271,7 +271,7 @@ def test_views_of_scored_videos(index: object, workers: int) -> None:
     assert clips.shape == (6, 4, 16, 16, 3)
     from vac_ddp.data.frames import decode_frame
 
-    for k, window in enumerate(test_windows(int(index.frame_counts[2]), settings.clip, views)):
+    for k, window in enumerate(view_windows(int(index.frame_counts[2]), settings.clip, views)):
         stack = np.stack([decode_frame(index.frame_bytes(2, int(frame))) for frame in window])
         for c, left in enumerate((0, 8, 16)):
             assert torch.equal(clips[3 * k + c], cut_out(stack, (0, left, 48, 48), 16))
@@ -288,7 +288,7 @@ def test_every_frame_of_all_views_is_decoded_once() -> None:
     videos = MemoryVideos([[jpeg(48, 64, i) for i in range(9)]])
     views = ViewSettings(offsets=[0, 1, 2], crops=3)
     TestViews(videos, [0], config().clip, views, tolerant=True)[0]
-    used = np.unique(test_windows(9, config().clip, views)).tolist()
+    used = np.unique(view_windows(9, config().clip, views)).tolist()
     assert [frame for _, frame in videos.read] == used
 
 

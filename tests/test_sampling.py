@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vac_ddp.data.clip_sampling import generator, test_windows, train_frames
+from vac_ddp.data.clip_sampling import generator, train_frames, view_windows
 from vac_ddp.settings import ClipSettings, ViewSettings
 
 settings.register_profile("no deadline", deadline=None)  # the machine may be busy
@@ -47,7 +47,7 @@ def test_train_frames_are_in_range_and_in_order(n: int, clip: ClipSettings, seed
 
 @given(lengths, clips, views)
 def test_test_windows_are_in_range_and_in_order(n: int, clip: ClipSettings, view: ViewSettings) -> None:
-    windows = test_windows(n, clip, view)
+    windows = view_windows(n, clip, view)
     assert windows.shape == (len(view.offsets) if view.windows == "offsets" else view.count, clip.frames)
     assert windows.dtype == np.int64
     assert windows.min() >= 0
@@ -107,32 +107,32 @@ def test_offsets_are_the_notebooks_rule(short: str, n: int, stride: int, offsets
                 position = n - 1 if short == "hold" else position % n
             window.append(position)
         expected.append(window)
-    assert test_windows(n, clip, ViewSettings(offsets=offsets)).tolist() == expected
+    assert view_windows(n, clip, ViewSettings(offsets=offsets)).tolist() == expected
 
 
 def test_spread_windows_reach_from_the_first_to_the_last_frame() -> None:
     clip = ClipSettings(frames=4, stride=2)
-    windows = test_windows(27, clip, ViewSettings(windows="spread", count=3))
+    windows = view_windows(27, clip, ViewSettings(windows="spread", count=3))
     assert windows.tolist() == [[0, 2, 4, 6], [10, 12, 14, 16], [20, 22, 24, 26]]
-    centre = test_windows(27, clip, ViewSettings(windows="spread", count=1))
+    centre = view_windows(27, clip, ViewSettings(windows="spread", count=1))
     assert centre.tolist() == [[10, 12, 14, 16]]
-    short = test_windows(5, clip, ViewSettings(windows="spread", count=2))
+    short = view_windows(5, clip, ViewSettings(windows="spread", count=2))
     assert short.tolist() == [[0, 2, 4, 4]] * 2
 
 
 @given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 12))
 def test_phases_of_a_video_of_whole_segments_show_every_frame_once(k: int, count: int, times: int) -> None:
     """K phases of segments of K frames each are all frames of the video."""
-    windows = test_windows(count * k, ClipSettings(frames=count), ViewSettings(windows="phases", count=k))
+    windows = view_windows(count * k, ClipSettings(frames=count), ViewSettings(windows="phases", count=k))
     assert sorted(windows.reshape(-1).tolist()) == list(range(count * k))
-    longer = test_windows(count * k * times, ClipSettings(frames=count), ViewSettings(windows="phases", count=k))
+    longer = view_windows(count * k * times, ClipSettings(frames=count), ViewSettings(windows="phases", count=k))
     assert (longer // (k * times) == np.arange(count)).all()
 
 
 def test_spread_means_phases_where_clips_are_segments() -> None:
     clip = ClipSettings(frames=5, sampling="segments")
-    spread = test_windows(61, clip, ViewSettings(windows="spread", count=2))
-    assert np.array_equal(spread, test_windows(61, clip, ViewSettings(windows="phases", count=2)))
+    spread = view_windows(61, clip, ViewSettings(windows="spread", count=2))
+    assert np.array_equal(spread, view_windows(61, clip, ViewSettings(windows="phases", count=2)))
     assert spread[0, 0] < 61 / 5
     assert spread[-1, -1] > 61 * 4 / 5
 
@@ -147,14 +147,14 @@ def test_official_phases_are_the_frames_of_the_official_test(n: int, segments: i
     official = [together[chunk::2] for chunk in range(2)]
     for sampling in ("dense", "segments"):
         clip = ClipSettings(frames=segments, sampling=sampling)
-        assert test_windows(n, clip, ViewSettings(windows="official_phases", count=2)).tolist() == official
+        assert view_windows(n, clip, ViewSettings(windows="official_phases", count=2)).tolist() == official
 
 
 def test_a_video_without_frames_is_refused() -> None:
     with pytest.raises(ValueError, match="0 frames"):
         train_frames(0, ClipSettings(), rng())
     with pytest.raises(ValueError, match="0 frames"):
-        test_windows(0, ClipSettings(), ViewSettings())
+        view_windows(0, ClipSettings(), ViewSettings())
 
 
 def test_generators_are_reproducible_and_never_share_numbers() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vac_ddp.data.clip_sampling import test_windows as windows
+from vac_ddp.data.clip_sampling import view_windows as windows
 from vac_ddp.errors import UserError
 from vac_ddp.results.logits_file import ViewsHead, read_views, write_views
 from vac_ddp.scoring.views import deal, video_costs, view_table

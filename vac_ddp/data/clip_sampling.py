@@ -49,11 +49,11 @@ def train_frames(n_frames: int, clip: ClipSettings, rng: np.random.Generator) ->
 
 
 def window_count(views: ViewSettings) -> int:
-    """The number of windows of a scored video, K of `test_windows`."""
+    """The number of windows of a scored video, K of `view_windows`."""
     return len(views.offsets) if views.windows == "offsets" else views.count
 
 
-def test_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.ndarray:
+def view_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.ndarray:
     """Frames of the clips of a scored video, (K, T) int64.
 
     windows="offsets": clip k shows the frames offsets[k] + stride * i, beyond the end filled by `clip.short`
@@ -80,9 +80,6 @@ def test_windows(n_frames: int, clip: ClipSettings, views: ViewSettings) -> np.n
     slack = max(0, n_frames - _span(clip.frames, clip.stride))
     starts = [slack // 2] if k == 1 else [round(slack * i / (k - 1)) for i in range(k)]
     return np.stack([_window(start, clip.stride, n_frames, clip) for start in starts])
-
-
-test_windows.__test__ = False  # type: ignore[attr-defined]  # pytest takes imported functions of this name for tests
 
 
 def _check(n_frames: int) -> None:

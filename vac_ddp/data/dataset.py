@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from vac_ddp.data.augment import draw_crop_box, draw_parameters
 from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, unit_rows
-from vac_ddp.data.clip_sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, test_windows, train_frames
+from vac_ddp.data.clip_sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, train_frames, view_windows
 from vac_ddp.data.frames import NoFrame, read_clip, view_boxes
 from vac_ddp.data.mixing import draw_mixing
 from vac_ddp.data.sampler import Key
@@ -166,7 +166,7 @@ class TestViews(Dataset):
         """The views of the videos at `places`, decoded straight into their batch."""
         size, crops = self.clip.size, self.views.crops
         videos = self.videos[np.asarray(places, dtype=np.int64)]
-        windows = [test_windows(max(1, int(self.index.frame_counts[v])), self.clip, self.views) for v in videos]
+        windows = [view_windows(max(1, int(self.index.frame_counts[v])), self.clip, self.views) for v in videos]
         clip_of_view = None
         if len(videos) == 1:
             windows[0], clip_of_view = _distinct(windows[0], crops)

@@ -206,7 +206,7 @@ def clip_bytes(clip: ClipSettings) -> int:
     return clip.frames * clip.size * clip.size * 3
 
 
-def test_loader(
+def views_loader(
     dataset: TestViews, places: Sequence[int], *, videos_per_batch: int, workers: int, prefetch: int, pin: bool
 ) -> Loader:
     """TestBatches of the videos at `places` in `dataset`, in this order, the last one may be smaller."""
@@ -224,9 +224,6 @@ def test_loader(
         held=16,  # clips wait for a pass to be full
         named=None,
     )
-
-
-test_loader.__test__ = False  # type: ignore[attr-defined]  # pytest takes imported functions of this name for tests
 
 
 _AnyBatch = TypeVar("_AnyBatch", Batch, TestBatch)

@@ -17,7 +17,7 @@ import torch
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.index import Index
-from vac_ddp.data.loader import Loader, test_loader, worker_count
+from vac_ddp.data.loader import Loader, views_loader, worker_count
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.models.weight_files import Source
 from vac_ddp.predicting.all_videos import Done, predict_views
@@ -174,7 +174,7 @@ def score(
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def load(videos: list[int]) -> Loader:
-        return test_loader(
+        return views_loader(
             dataset,
             videos,
             videos_per_batch=1,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vac_ddp.data.clip_sampling import test_windows, window_count
+from vac_ddp.data.clip_sampling import view_windows, window_count
 from vac_ddp.data.index import Index
 from vac_ddp.models.precision import precision_of
 from vac_ddp.models.weight_files import Source
@@ -77,7 +77,7 @@ def make_task(
             },
         ),
         costs=video_costs(
-            index.frame_counts, lambda n: test_windows(n, config.clip, views), views.crops * (2 if views.flip else 1)
+            index.frame_counts, lambda n: view_windows(n, config.clip, views), views.crops * (2 if views.flip else 1)
         ),
         fingerprint=marks,
         prior=log_prior(source.class_counts, len(classes)),

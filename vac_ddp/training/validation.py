@@ -12,7 +12,7 @@ import torch
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.grouping import known_sources
-from vac_ddp.data.loader import TestBatch, test_loader, to_device
+from vac_ddp.data.loader import TestBatch, to_device, views_loader
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.results.logits_file import ViewsHead, write_views
 from vac_ddp.results.metrics import classification_metrics
@@ -37,7 +37,7 @@ class Validator:
         self.places = list(range(distributed.rank(), len(self.videos), world))  # ranks differ by one video at most
         at_once = max(1, stepper.clips_per_gpu // (window_count(config.val) * config.val.crops))
         self.rounds = math.ceil(math.ceil(len(self.videos) / world) / at_once)  # batches of the rank that has most
-        self.loader = test_loader(
+        self.loader = views_loader(
             TestViews(
                 data.val_index,
                 self.videos,
