@@ -170,8 +170,7 @@ def our_views(dataset: TestViews) -> Callable[[int], float]:
 def ceiling(clips: list[Clip], shape: tuple[int, int]) -> Callable[[int], float]:
     """Full JPEG decoding of the same frames, from memory into one buffer, and nothing else.
 
-    The buffer begins 16 bytes beside a multiple of 32, where libjpeg-turbo is fastest: 4.5 ms a clip; on a multiple
-    5.0, and where numpy happens to put it either of them.
+    The buffer begins 16 bytes beside a multiple of 32, where libjpeg-turbo is fastest; numpy puts it anywhere.
     """
     held = {path: Path(path).read_bytes() for clip in clips for path in clip.paths}
     size = shape[0] * shape[1] * 3
