@@ -18,3 +18,15 @@ def test_the_drawing_has_the_layers_of_the_contract() -> None:
     block = PAGE.split("## Layers", 1)[1].split("\n    ", 1)[1].split("\n\n", 1)[0]
     drawn = [re.split(r" {2,}", line.strip())[0] for line in block.splitlines()]
     assert drawn == layers
+
+
+def test_every_file_is_listed_once() -> None:
+    folder, listed = "", []
+    for line in PAGE.split("## Files", 1)[1].splitlines():
+        if match := re.fullmatch(r" {4}(\w+)/", line):
+            folder = f"{match[1]}/"
+        elif match := re.match(r"( +)(\w+\.py) +\S", line):
+            listed.append((folder if len(match[1]) == 6 else "") + match[2])
+    package = REPO / "vac_ddp"
+    there = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(listed) == sorted(there)
