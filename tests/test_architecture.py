@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tomllib
 
@@ -30,3 +31,15 @@ def test_every_file_is_listed_once() -> None:
     package = REPO / "vac_ddp"
     there = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"]
     assert sorted(listed) == sorted(there)
+
+
+def test_names_in_the_documentation_exist() -> None:
+    pages = [REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`(vac_ddp(?:\.\w+)+)", page.read_text(encoding="utf-8"))}
+    assert named
+    for name in named:
+        module, _, rest = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), rest), name

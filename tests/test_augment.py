@@ -412,7 +412,7 @@ def test_a_chain_of_operations_runs_in_its_order():
 def test_color_jitter_draws_its_range_in_any_order():
     augment = AugmentSettings(color_jitter=0.4, randaugment=RECIPE)
     rng = np.random.default_rng(2)
-    draws = [draw_parameters(rng, augment, frames=4, size=32) for _ in range(400)]
+    draws = [draw_parameters(rng, augment, size=32) for _ in range(400)]
     assert {draw["ops"].shape for draw in draws} == {(7,)}
     first = [tuple(draw["ops"][:3]) for draw in draws]
     assert set(map(frozenset, first)) == {frozenset({Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR})}
@@ -488,7 +488,7 @@ EVERYTHING = AugmentSettings(randaugment="rand-m7-n4-mstd0.5-inc1-p0.9", color_j
 
 
 def drawn(count: int, size: int, augment=EVERYTHING) -> list[dict[str, np.ndarray]]:
-    return [draw_parameters(np.random.default_rng([7, i]), augment, frames=2, size=size) for i in range(count)]
+    return [draw_parameters(np.random.default_rng([7, i]), augment, size=size) for i in range(count)]
 
 
 def test_parameters_are_of_fixed_shapes_and_of_the_generator_alone():
@@ -497,7 +497,7 @@ def test_parameters_are_of_fixed_shapes_and_of_the_generator_alone():
     for sample, again in zip(samples, drawn(50, 32), strict=True):
         assert {name: (array.shape, array.dtype.str) for name, array in sample.items()} == shapes
         assert all(np.array_equal(sample[name], again[name]) for name in sample)
-    nothing = draw_parameters(np.random.default_rng(0), AugmentSettings(flip=0), frames=2, size=32)
+    nothing = draw_parameters(np.random.default_rng(0), AugmentSettings(flip=0), size=32)
     assert nothing["ops"].shape == (0,)
     assert not nothing["flip"]
 

@@ -57,7 +57,7 @@ def test_preset_builds_and_takes_a_step(path: Path) -> None:
 
     tiny = dataclasses.replace(c.model, width=16, depth=2, heads=2, size=None, weights=None)
     model = build_model(tiny, c.clip, 5, seed=0)
-    parameters = draw_parameters(rng, c.augment, frames=c.clip.frames, size=c.clip.size)
+    parameters = draw_parameters(rng, c.augment, size=c.clip.size)
     batch = {name: torch.as_tensor(np.stack([value])) for name, value in parameters.items()}
     pixels = torch.randint(0, 256, (1, c.clip.frames, c.clip.size, c.clip.size, 3), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -148,7 +148,7 @@ def test_an_item_is_what_the_plan_says(index: object) -> None:
             image = Image.open(io.BytesIO(index.frame_bytes(9, int(frame)))).crop((left, top, left + w, top + h))
             expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)).astype(int)
             assert np.abs(item.clips[r, t].numpy() - expected).max() <= 1
-        drawn = draw_parameters(generator(11, 3, sample, AUGMENT), settings.augment, frames=4, size=16)
+        drawn = draw_parameters(generator(11, 3, sample, AUGMENT), settings.augment, size=16)
         assert item.params.keys() - {"partner", "mix_keep", "mix_box", "mix_cut"} == drawn.keys()
         assert all(np.array_equal(item.params[name][r], value) for name, value in drawn.items())
     assert item.samples.tolist() == [14, 15]

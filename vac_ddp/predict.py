@@ -49,7 +49,7 @@ def prediction_settings(saved: dict[str, Any], options: PredictionOptions, where
 
 
 def predict(argv: list[str]) -> dict[str, Any] | None:
-    """Parse, build, run, close. Returns facts for the status file; raises Findings for videos without an answer."""
+    """Parse, open, predict. Returns facts for the status file; raises Findings for videos without an answer."""
     options = parse_prediction(argv)
     kind = "labelled" if options.part or options.data is None else kind_of(options.data)
     if options.sample:

@@ -1,7 +1,7 @@
 """Every setting of vac_ddp: its name, type, default and meaning. The one place to look a setting up.
 
 Text on the command line reaches these fields as `group.name=value`; YAML files have the same names.
-`config.py` reads and checks them, nothing here imports anything but the standard library.
+`config.py` reads them, `checks.py` checks them; nothing here imports anything but the standard library.
 """
 
 from __future__ import annotations

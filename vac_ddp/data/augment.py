@@ -53,10 +53,8 @@ def draw_crop_box(rng: np.random.Generator, augment: AugmentSettings, height: in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_parameters(
-    rng: np.random.Generator, augment: AugmentSettings, *, frames: int, size: int
-) -> dict[str, np.ndarray]:
-    """What happens to one clip of `size` x `size` pixels, the same in all its `frames`, as arrays of fixed shapes.
+def draw_parameters(rng: np.random.Generator, augment: AugmentSettings, *, size: int) -> dict[str, np.ndarray]:
+    """What happens to one clip of `size` x `size` pixels, the same in all its frames, as arrays of fixed shapes.
 
     S is 3 with colour jitter, plus the n of RandAugment. Where they are collated they gain a batch axis in front and
     stay in host memory.

@@ -111,7 +111,7 @@ class TrainClips(Dataset):
 
     def _params(self, key: Key) -> dict[str, np.ndarray]:
         clip, augment = self.settings.clip, self.settings.augment
-        drawn = [draw_parameters(rng, augment, frames=clip.frames, size=clip.size) for rng in self._rngs(key, AUGMENT)]
+        drawn = [draw_parameters(rng, augment, size=clip.size) for rng in self._rngs(key, AUGMENT)]
         return {name: np.stack([one[name] for one in drawn]) for name in drawn[0]}
 
     def _mixing(self, first: Key) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Video files: the frames a player shows, the frames at given positions, and the sound. All by PyAV, in process.
 
-Only this module opens a video file. What the headers claim (number of frames, duration) decides nothing: a file has the
-frames that its decoder returns. What is wrong with a file that has frames is a line in `VideoFile.faults`.
+Files are opened by `video_stream.open_file`. What the headers claim (number of frames, duration) decides nothing: a
+file has the frames that its decoder returns. What is wrong with a file that has frames is a line in `VideoFile.faults`.
 """
 
 from __future__ import annotations

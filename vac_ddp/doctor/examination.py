@@ -32,6 +32,7 @@ from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.training.meters import GIB, clip_flops, matmul_rate
+from vac_ddp.version import installed
 
 SLOW_PASS_S = 6.0  # a pass on the CPU that would take longer is computed from the matrix product
 ASSUMED = 0.5  # share of the matrix product that a training step then reaches
@@ -81,7 +82,7 @@ def examine(config: Config, say: Callable[[str], None]) -> Measured:
     workers = worker_count(config.data.workers, local_ranks=ranks)
     name = torch.cuda.get_device_name(device) if cuda else "no GPU"
     say(f"{'machine':<22} {cores} cores, {ranks if cuda else 0} GPUs ({name}); torch {torch.__version__}")
-    say(f"{'decoders':<22} simplejpeg {_version('simplejpeg')} for JPEG, {pillow_name()} for the rest")
+    say(f"{'decoders':<22} simplejpeg {installed('simplejpeg')} for JPEG, {pillow_name()} for the rest")
     frames, read = _sampled_frames(Path(config.data.train), say)
     size = float(np.mean([len(data) for data in frames]))
     processes = max(1, min(cores, workers * ranks))
@@ -165,9 +166,3 @@ def _whole(data: bytes) -> bool:
         return True
     except DamagedFrame:
         return False
-
-
-def _version(name: str) -> str:
-    from importlib import metadata
-
-    return metadata.version(name)

@@ -87,7 +87,7 @@ def some(items: list[str], limit: int = 6) -> str:
 class Loaded:
     """A model ready to train or predict, and what its load did.
 
-    architecture: plain types; saved beside the weights it lets `load_model` build the same model again.
+    architecture: plain types; saved beside the weights it lets `rebuild_model` build the same model again.
     """
 
     model: VideoModel

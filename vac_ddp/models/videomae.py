@@ -1,7 +1,7 @@
 """The VideoMAE encoder with a classifier on top (Tong et al., 2022, arXiv 2203.12602; V2: arXiv 2303.16727).
 
-Names and numbers follow the official code; `names.py` maps them to Hugging Face's. Three things differ from
-both codes, none of them in what is computed: q, k and v are one matrix product, so is the patch embedding,
+Names and numbers follow the official code; `tensor_names.py` maps them to Hugging Face's. Three things differ
+from both codes, none of them in what is computed: q, k and v are one matrix product, so is the patch embedding,
 and the masks of drop path and dropout are made from numbers that come with the batch, so that they do not
 depend on how a batch is split into ranks and micro-batches.
 """

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from importlib import metadata
 
 import numpy as np
 
 from vac_ddp.checks import leaves
 from vac_ddp.data.index import Index
 from vac_ddp.settings import REMOVED, Config
+from vac_ddp.version import installed
 
 FORMAT = "2"
 RECORDED_AT_FIRST = ("weights", "data", "precision")
@@ -39,7 +39,7 @@ def fingerprint(
         "device": device,
         "precision": precision,
         **{_short(name): str(_value(config, name)) for name in leaves() if name.startswith(SETTINGS)},
-        "versions": ", ".join([f"vac_ddp {version}", *(f"{name} {_version(name)}" for name in LIBRARIES)]),
+        "versions": ", ".join([f"vac_ddp {version}", *(f"{name} {installed(name) or 'none'}" for name in LIBRARIES)]),
     }
 
 
@@ -91,10 +91,3 @@ def _short(name: str) -> str:
 
 def _value(config: Config, name: str) -> object:
     return functools.reduce(getattr, name.split("."), config)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "none"

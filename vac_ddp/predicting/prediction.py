@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.lock import RunLock
 from vac_ddp.runtime.monitor import PROCESS
-from vac_ddp.runtime.ranks import say
+from vac_ddp.runtime.ranks import local_world_size, say
 from vac_ddp.runtime.signals import StopRequest
 from vac_ddp.scoring.scorer import Scorer, open_scorer, prepare
 from vac_ddp.settings import Config
@@ -171,7 +170,7 @@ def score(
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     views, reduced = config.predict.views, config.data.reduced_decode
     dataset = TestViews(index, np.arange(len(index)), config.clip, views, tolerant=True, reduced=reduced)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = local_world_size()
 
     def load(videos: list[int]) -> Loader:
         return views_loader(

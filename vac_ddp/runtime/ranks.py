@@ -1,4 +1,4 @@
-"""Which of the ranks this process is, by the environment that torchrun makes. Imports nothing: usable before torch."""
+"""Which of the ranks this process is, by the environment that torchrun makes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:

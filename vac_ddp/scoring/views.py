@@ -23,7 +23,7 @@ def set_views(views: ViewSettings, text: str) -> None:
 def view_table(settings: ViewSettings, windows: int) -> np.ndarray:
     """The views of one video as rows (window, crop, mirrored): (n, 3) int64, window by window.
 
-    A row's clip is number `window * crops + crop` of what the data room decodes; mirrored ones are made on the device.
+    A row's clip is number `window * crops + crop` of what `TestViews` decodes; mirrored ones are made on the device.
     """
     flips = 2 if settings.flip else 1
     grid = np.indices((windows, settings.crops, flips)).reshape(3, -1)

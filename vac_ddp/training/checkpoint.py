@@ -7,8 +7,6 @@ same name holds size, SHA-256 and what a person wants to know. A checkpoint with
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import os
 import re
 import shutil
 import threading
@@ -23,8 +21,10 @@ import torch
 from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.models.torch_file import read_torch, write_tensors
+from vac_ddp.runtime.ranks import world_size
 from vac_ddp.schema import Count, Sha256, read_json
 from vac_ddp.training import discarded_runs
+from vac_ddp.version import installed
 
 if TYPE_CHECKING:
     from vac_ddp.training.best_weights import BestFile
@@ -35,7 +35,7 @@ _REMEDY = "give run.resume=auto or another checkpoint"
 
 
 class Companion(TypedDict):
-    """What the JSON beside every checkpoint says of the file; `saved.Facts` has the rest."""
+    """What the JSON beside every checkpoint says of the file; `checkpoint_content.Facts` has the rest."""
 
     format: NotRequired[Count]
     step: Count
@@ -245,12 +245,12 @@ def environment_facts() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("numpy", "simplejpeg", "pillow", "timm", "transformers")},
+        **{name: installed(name) for name in ("numpy", "simplejpeg", "pillow", "timm", "transformers")},
         "cuda": f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if cuda else None,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": device_name(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
         "revision": revision(),
     }
 
@@ -258,10 +258,3 @@ def environment_facts() -> dict[str, Any]:
 def device_name() -> str:
     """The GPU of this rank, or "cpu"."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

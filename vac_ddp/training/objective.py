@@ -1,6 +1,7 @@
 """The objective of a training: what a sample is, how it becomes input and target, the model, and its loss.
 
-`Stepper` and `Trainer` know no more of it than the methods of `Classification`: another objective is another class.
+`Stepper`, `Trainer` and what they write know of it the methods of `Classification` and its attributes (model, data,
+loaded, mean and std): another objective is another class with these, made in `build_trainer`.
 """
 
 from __future__ import annotations

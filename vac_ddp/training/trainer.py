@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from vac_ddp.report.tracker import Tracker
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.data_parallel import optimizer_state
 from vac_ddp.runtime.monitor import PROCESS
+from vac_ddp.runtime.ranks import local_world_size
 from vac_ddp.runtime.signals import Agreed, Agreement, signal_name
 from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint, health, resuming, run_files
@@ -77,7 +77,7 @@ def build_trainer(config: Config, session: Session, device: torch.device) -> Tra
         labels=data.index.labels[data.split.train],
     )
     schedule = make_schedule(config, sampler.steps_per_epoch)
-    workers = worker_count(config.data.workers, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = worker_count(config.data.workers, local_ranks=local_world_size())
     loader = train_loader(objective.dataset(), sampler, workers=workers, pin=device.type == "cuda")
     session.loaders.append(loader)
     validator = None
@@ -127,6 +127,7 @@ class Trainer:
     stopping: Stopping
     position: Position = field(default_factory=Position)
     timeouts_short: bool = False
+    stop_number: int = 0  # the signal that ended a validation
     metadata: dict[str, bytes] = field(default_factory=dict)  # files that say what the run is, by name; on rank 0
 
     @property
@@ -267,7 +268,7 @@ class Trainer:
             with self.log.meters.phase("validation"):
                 validation = self.validator.run(self._stop_now)
             if validation is None:
-                self._interrupt(self._stop_number)
+                self._interrupt(self.stop_number)
             assert validation is not None
             best, where.stopped_early = self._judge(validation)
         elif self.validator is None and last:
@@ -283,8 +284,8 @@ class Trainer:
 
     def _stop_now(self) -> bool:
         PROCESS.progress()
-        self._stop_number = self.agreement.now(stop=self.session.stop.wanted())
-        return self._stop_number > 0
+        self.stop_number = self.agreement.now(stop=self.session.stop.wanted())
+        return self.stop_number > 0
 
     def _judge(self, validation: Validation) -> tuple[bool, bool]:
         """(Is it the best, should training end), as rank 0 says."""

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vac_ddp.data.batch import TestBatch
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.grouping import known_sources
-from vac_ddp.data.loader import TestBatch, to_device, views_loader
+from vac_ddp.data.loader import to_device, views_loader
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.results.logits_file import ViewsHead, write_views
 from vac_ddp.results.metrics import classification_metrics
