@@ -43,5 +43,7 @@ for ((other = 1; other <= ${#jobs[@]}; other++)); do
         exit 0
     fi
 done
+# Two folds that end at the same moment both come here: they take turns, and the second writes the same files again.
+exec 9>>"${results[0]}" && flock 9
 say "all $folds folds are done: scoring them together"
 "$python" -m vac_ddp.cli "${finish[@]}"

@@ -58,7 +58,8 @@ def sbatch(tmp_path: Path, name: str, *words: str, **extra: str) -> subprocess.C
     executable(bin_ / "scontrol", '#!/bin/sh\n[ "$2" = hostnames ] && echo n1\n')
     executable(
         bin_ / "python",
-        f'#!/bin/sh\n[ "$2" != vac_ddp.cli ] || exec echo "vac $*"\n'
+        '#!/bin/sh\n[ "$2" != vac_ddp.cli ] ||\n'
+        '{ echo "vac $*"; flock -n "${LOCK:-/dev/null}" true || echo locked; exit; }\n'
         f'[ "$2" = torch.distributed.run ] || exec {real} "$@"\nshift 2\n'
         f'exec {real} {shlex.quote(str(tmp_path / "parse.py"))} "$@"\n',
     )
@@ -105,13 +106,17 @@ def test_a_fold_is_trained_and_predicted_and_the_last_one_scores_all(tmp_path: P
         (folder / "predictions" / "test" / "views.npz").touch()
     words = ["train.epochs=2", f"run.dir={tmp_path / 'a b'}"]
     task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "3", "SEED": "4", "TEST": "x/test", "TOLD": "0"}
-    done = sbatch(tmp_path, "kfold.sh", *words, **task)
+    lock = folders[0] / "predictions" / "test" / "views.npz"
+    done = sbatch(tmp_path, "kfold.sh", *words, **task, LOCK=str(lock))
     assert done.returncode == 0, done.stdout + done.stderr
     train, val, test = started(done)
     assert train[-6:] == [*words, "seed=4", "data.fold=2/3", f"run.dir={folders[1]}", "run.resume=auto"]
     assert val[-4:] == ["--run", str(folders[1]), "--part", "val"]
     assert test[-4:] == ["--data", "x/test", "--out", str(folders[1] / "predictions" / "test")]
-    assert done.stdout.splitlines()[-1].startswith("vac -m vac_ddp.cli ensemble --score-only --folds 3 --seeds 4 ")
+    scored, locked = done.stdout.splitlines()[-2:]
+    assert scored.startswith("vac -m vac_ddp.cli ensemble --score-only --folds 3 --seeds 4 ")
+    assert locked == "locked"  # another fold that ends at the same moment waits
+    assert lock.read_bytes() == b""
 
 
 def test_a_sweep_trains_its_combination(tmp_path: Path) -> None:
