@@ -16,7 +16,7 @@ from torch import nn
 from vac_ddp import files
 from vac_ddp.errors import UserError, exit_status
 from vac_ddp.report.tracker import Tracker
-from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.runtime.exit_status import run_entry_point
 from vac_ddp.runtime.signals import Agreement, StopRequest
 from vac_ddp.settings import LogSettings, RunSettings
 from vac_ddp.training import checkpoint, health, run_directory
@@ -175,7 +175,7 @@ def test_cuda_out_of_memory_names_the_settings_that_shrink_it(
     def program(argv: list[str]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    assert run_door(program, []) == 2
+    assert run_entry_point(program, []) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     for name in ("train.clips_per_gpu", "clip.frames", "clip.size", "train.checkpointing"):

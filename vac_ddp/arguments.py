@@ -180,7 +180,7 @@ def parse_prediction(argv: list[str]) -> PredictionOptions:
     add("--sample", metavar="CSV", help="write submission.csv after the rows of this sample_submission.csv")
     add("--views", metavar="KxC", help="K windows over the video x C crops (5x3), with +flip also mirrored")
     add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
-    add("--overwrite", action="store_true", help="throw away another prediction that --out holds")
+    add("--overwrite", action="store_true", help="overwrite another prediction in --out")
     add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
     flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
     for word in [word for word in words if word.startswith("run.dir=")]:

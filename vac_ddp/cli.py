@@ -1,4 +1,4 @@
-"""`vac COMMAND ...`: one door for every program of the package."""
+"""`vac COMMAND ...`: the entry point of every command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
     "plot": ("vac_ddp.commands.plot_command", "draw the curves of several runs side by side"),
     "synth": ("vac_ddp.commands.synth_command", "make a motion data set to try everything out"),
     "doctor": ("vac_ddp.commands.doctor_command", "measure this machine, and say what will hold a run back"),
-    "audit": ("vac_ddp.commands.audit_command", "look for leaks, damage and giveaways in a data set"),
+    "audit": ("vac_ddp.commands.audit_command", "look for leaks, damage and shortcut features in a data set"),
     "extract": ("vac_ddp.commands.extract_command", "cut video files into frame folders"),
     "pack": ("vac_ddp.commands.pack_command", "put the frames of many videos into few large files"),
     "export": ("vac_ddp.commands.export_command", "write a run as a model that others can load"),

@@ -22,7 +22,7 @@ from vac_ddp.checks import check_prediction
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.errors import UserError
 from vac_ddp.results import submission
-from vac_ddp.runtime.exit_status import run_command, run_door
+from vac_ddp.runtime.exit_status import run_command, run_entry_point
 from vac_ddp.runtime.torchrun import run_ranks
 from vac_ddp.scoring.views import set_views
 from vac_ddp.settings import Config
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--nproc" for word in argv):
         return run_command(_start_ranks, argv)
-    return run_door(predict, argv)
+    return run_entry_point(predict, argv)
 
 
 def _start_ranks(argv: list[str]) -> int:

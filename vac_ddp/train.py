@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp.errors import USER_ERROR, UserError
-from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.runtime.exit_status import run_entry_point
 
 ABOUT = "Fine-tune a video classifier on frame folders, on one CPU core or many GPUs."
 
@@ -48,7 +48,7 @@ def _check_debug_directory(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit statuses are in `errors`."""
-    return run_door(train, sys.argv[1:] if argv is None else argv)
+    return run_entry_point(train, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

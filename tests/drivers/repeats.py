@@ -15,7 +15,7 @@ import torch
 
 from vac_ddp.arguments import parse_settings
 from vac_ddp.runtime import distributed
-from vac_ddp.runtime.exit_status import run_door
+from vac_ddp.runtime.exit_status import run_entry_point
 from vac_ddp.settings import Config
 from vac_ddp.training.progress import Validation
 from vac_ddp.training.step import Stepper
@@ -120,4 +120,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(run_entry_point(main, sys.argv[1:]))

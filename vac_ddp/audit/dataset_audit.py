@@ -209,7 +209,7 @@ def _classes(data: Audited, part: np.ndarray, report: dict[str, Any]) -> list[di
     return rows
 
 
-# ---------------------------------------------------------------- duplicates and giveaways
+# ---------------------------------------------------------------- duplicates and shortcut features
 
 
 def _duplicates(sets: list[Audited], parts: list[np.ndarray], report: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _parse(argv: list[str]) -> tuple[SoundOptions, Config]:
         default=3,
         help="windows of a scored video, spread over it (default: 3)",
     )
-    add("--overwrite", action="store_true", help="throw away what --out holds")
+    add("--overwrite", action="store_true", help="overwrite what is in --out")
     given, words = parser.parse_known_args(argv)
     run = Path(given.run).expanduser() if given.run else None
     config = settings_io.read_yaml(run / "config.yaml") if run else Config()

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     """The command. Returns the exit status: 0, or 3 where something would spoil a result."""
     parser = ArgumentParser(
         prog="vac audit",
-        description="Look for leaks, damage, duplicates and giveaways in a data set.",
+        description="Look for leaks, damage, duplicates and shortcut features in a data set.",
     )
     parser.add_argument("data", help="<class>/<video>/*.jpg, a packed set, or a CSV (path,label)")
     parser.add_argument("settings", nargs="*", metavar="data.X=Y", help="settings of the split, as in training")

@@ -74,7 +74,7 @@ def _summary(card: Card) -> str:
 
 def _origin(weights: str | None) -> str:
     if weights is None:
-        return "It was trained from nothing."
+        return "It was trained from scratch."
     if _HUB_ID.match(weights) and not Path(weights).exists():
         return f"It was fine-tuned from `{weights}`."
     return f"It was fine-tuned from weights in `{Path(weights).name}`."

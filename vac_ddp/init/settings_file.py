@@ -16,7 +16,7 @@ from vac_ddp.data.split import Split, make_split
 from vac_ddp.init.dataset_metadata import TUNED, Metadata, inspect
 from vac_ddp.settings import Config, DataSettings
 
-SMALL_STEPS = 3600  # of a small model from nothing: what scratch_small was tuned with
+SMALL_STEPS = 3600  # of a small model from scratch: what scratch_small was tuned with
 TUNED_STEPS = 600  # at least, of pretrained weights on a small set
 
 
@@ -68,7 +68,7 @@ def summary(metadata: Metadata) -> list[str]:
 
 
 def settings_text(metadata: Metadata) -> str:
-    """The YAML: the recipe for pretrained weights, or the small model from nothing."""
+    """The YAML: the recipe for pretrained weights, or the small model from scratch."""
     groups = [_data(metadata), *(_tuned(metadata) if metadata.weights else _small(metadata))]
     where = Path(metadata.data).expanduser().resolve()
     name = where.parent.name if where.stem in ("train", "data_train") else where.stem
@@ -154,12 +154,12 @@ def _small(metadata: Metadata) -> list[str]:
     mean, std = (", ".join(f"{x:.3f}" for x in values) for values in (metadata.mean, metadata.std))
     return [
         _clip(metadata, 8, size, 0),
-        "model:\n  weights: null                # from nothing; a hub id, file or run where there is one\n"
+        "model:\n  weights: null                # from scratch; a hub id, file or run where there is one\n"
         f"  width: 128\n  depth: 4\n  heads: 4\n  patch: {16 if size >= 64 else 8}\n  head_init_scale: 1.0\n"
         f"  mean: [{mean}]  # of these frames\n  std: [{std}]\n",
         f"augment:\n  crop_scale: [0.5, 1.0]\n{_flip(metadata)}\n  color_jitter: 0.3\n",
         f"optim:\n  lr: 4.0e-4\n  min_lr: 1.0e-5\n  warmup_epochs: {5 if epochs >= 20 else 1}\n  betas: [0.9, 0.95]\n",
-        f"train:\n  epochs: {epochs:<20} # about {SMALL_STEPS} steps: from nothing it is their number that counts\n"
+        f"train:\n  epochs: {epochs:<20} # about {SMALL_STEPS} steps: from scratch it is their number that counts\n"
         f"  global_batch: {batch}\n  clips_per_gpu: {batch // 2}\n  val_every: {max(1, epochs // 20)}\n",
         "val:\n  windows: phases              # five clips of other frames of the same parts,\n"
         "  count: 5                     # as in the prediction\n",

@@ -71,7 +71,7 @@ def architecture_of(settings: ModelSettings, clip: ClipSettings) -> videomae.Arc
     width, depth, heads = settings.width or width, settings.depth or depth, settings.heads or heads
     if width is None or depth is None or heads is None:
         raise UserError(
-            "model.weights=null trains from nothing and needs sizes: give model.size=small (base, large, huge, giant) "
+            "model.weights=null trains from scratch and needs sizes: give model.size=small (base, large, huge, giant) "
             "or model.width, model.depth and model.heads"
         )
     if width % heads or width % 2:

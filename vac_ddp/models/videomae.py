@@ -195,7 +195,7 @@ def architecture_from(fields: dict[str, Any]) -> Architecture:
 
 @torch.no_grad()
 def init_weights(model: VideoMAE, generator: torch.Generator, *, head_scale: float) -> None:
-    """Draw all parameters for training from nothing.
+    """Sample all parameters for training from scratch.
 
     Linear layers Xavier uniform with zero bias, as the official code draws them before pre-training (its 0.02 of
     fine-tuning is for weights that are loaded afterwards, and starts a narrow network almost at zero); the patch

@@ -315,7 +315,7 @@ def _from_hub(hub_id: str, revision: str | None) -> Source:
 
     remedy = (
         f"where there is a network, run `hf download {hub_id} --local-dir DIR` and give model.weights=DIR; "
-        "or give model.weights=null with model.size (or width, depth, heads) to train from nothing"
+        "or give model.weights=null with model.size (or width, depth, heads) to train from scratch"
     )
     listed: set[str] | None = None
     cause = ""

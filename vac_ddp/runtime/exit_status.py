@@ -28,7 +28,7 @@ OUT_OF_MEMORY = (
 )
 
 
-def run_door(program: Callable[[list[str]], dict[str, Any] | None], argv: list[str]) -> int:
+def run_entry_point(program: Callable[[list[str]], dict[str, Any] | None], argv: list[str]) -> int:
     """Run a program that may be one of many ranks; returns or leaves the process with its exit status.
 
     program: takes the arguments, returns what the status file says of it (`run`, `step`) or None. What it raises
