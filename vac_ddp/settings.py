@@ -140,7 +140,12 @@ class AugmentSettings:
 class ModelSettings:
     """Which network, and where its weights come from."""
 
-    name: Literal["videomae", "lsvit", "frame_vit", "hf"] = setting("videomae", "architecture")
+    name: Literal["videomae", "lsvit", "frame_vit", "hf", "probe"] = setting(
+        "videomae", "architecture; probe: an encoder, its features pooled over time, and a linear classifier"
+    )
+    encoder: Literal["videomae", "lsvit", "frame_vit", "hf"] = setting(
+        "frame_vit", "probe: architecture of the encoder, which takes weights, backbone and the other settings here"
+    )
     weights: str | None = setting(
         "MCG-NJU/videomae-base",
         "hub id, HF directory, .pth/.pt file, run directory or timm name; null: from scratch",
@@ -164,7 +169,26 @@ class ModelSettings:
     drop_path: float = setting(0.0, "stochastic depth at the last block, rising linearly from 0", low=0, below=1)
     head_dropout: float = setting(0.0, "dropout before the classifier", low=0, below=1)
     head_init_scale: float = setting(0.001, "factor on the new classifier's initial weights", low=0, high=1000)
-    pooling: Literal["mean", "attention", "transformer"] = setting("mean", "frame_vit: aggregation over time")
+    pooling: Literal["mean", "statistics", "attention", "attentive", "transformer"] = setting(
+        "mean",
+        "frame_vit, probe: aggregation over time; statistics: those of model.statistics; attention: one learned query; "
+        "attentive: several queries with positions in time; transformer: frame_vit only",
+    )
+    statistics: list[Literal["mean", "std", "difference"]] = setting(
+        ["mean", "std"],
+        "pooling=statistics: mean and std over time steps, mean absolute difference of neighbouring steps",
+    )
+    queries: int = setting(4, "pooling=attentive: number of learned queries", low=1, high=64)
+    spatial_grid: int = setting(
+        1,
+        "frame_vit, probe: each frame's features are averaged over a grid of this many regions a side",
+        low=1,
+        high=16,
+    )
+    batch_norm: Literal["stored", "batch"] = setting(
+        "stored",
+        "BatchNorm in training: stored statistics, or those of the micro-batch, whose results depend on its size",
+    )
     backbone: str = setting("vit_small_patch16_224", "frame_vit, lsvit: timm image model")
     lsvit_version: int = setting(
         2,
@@ -181,6 +205,35 @@ class ModelSettings:
         None, "pixel deviation; default: as the weights were trained", above=0, high=1
     )
     revision: str | None = setting(None, "revision of a hub id")
+
+
+@dataclass(kw_only=True)
+class ProbeSettings:
+    """Which probes are tried on frozen features, and how one is selected."""
+
+    features: str | None = setting(
+        None, "features file of the training videos (`vac embed --steps`); default: they are embedded first"
+    )
+    probes: list[Literal["ridge", "logistic", "attentive"]] = setting(
+        ["ridge", "logistic"], "probes to choose from: ridge or logistic regression on statistics, attentive pooling"
+    )
+    statistics: list[str] = setting(
+        ["mean", "mean+std", "mean+difference", "std", "difference", "mean+std+difference"],
+        "statistics over time steps that linear probes are tried on (see model.statistics)",
+    )
+    ridge: list[float] = setting([30.0, 100.0, 300.0, 1000.0, 3000.0], "ridge penalties", above=0, high=1e12)
+    logistic: list[float] = setting(
+        [1e-4, 1e-3, 1e-2, 1e-1], "inverse penalties C of logistic regression", above=0, high=1e12
+    )
+    attentive_lr: list[float] = setting([1e-3, 3e-3], "peak learning rates of attentive probes", above=0, high=10)
+    attentive_weight_decay: list[float] = setting([0.01, 0.1], "weight decays of attentive probes", low=0, high=10)
+    attentive_seeds: int = setting(1, "initial weights tried for each attentive probe", low=1, high=1000)
+    attentive_steps: int = setting(200, "optimizer steps of attentive probes", low=1, high=10**6)
+    attentive_positions: bool = setting(True, "give attentive probes the position of each time step")
+    folds: int = setting(5, "outer and inner grouped folds", low=2, high=100)
+    repeats: int | None = setting(
+        None, "times the outer folds are sampled anew; default: 4 for fewer than 500 videos, else 1", low=1, high=100
+    )
 
 
 @dataclass(kw_only=True)
@@ -332,6 +385,7 @@ class Config:
     clip: ClipSettings = field(default_factory=ClipSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     val: ViewSettings = field(default_factory=_centre_view, metadata={"help": "views of a validation video"})

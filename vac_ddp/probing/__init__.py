@@ -1,0 +1,1 @@
+"""Probes: small classifiers on the features of a frozen encoder."""
