@@ -12,13 +12,14 @@ import functools
 import json
 import math
 import re
+import struct
 import types
 import typing
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -47,13 +48,15 @@ class Matching:
 class Array:
     """Little-endian arrays of a numpy type ("f4"; "f" or "U" of any width), with finite values from `low` to `high`.
 
-    shape: sizes, or names that stand for the same size in all arrays of a file.
+    shape: sizes, or names that stand for the same size in all arrays of a file. mapped: the array is read once to be
+    checked, in small pieces, and then memory-mapped.
     """
 
     kind: str
     shape: tuple[int | str, ...]
     low: float | None = None
     high: float | None = None
+    mapped: bool = False
 
 
 Count = Annotated[int, Within(low=0, high=2**62)]
@@ -283,7 +286,7 @@ def stored_zip(path: str | Path, *, remedy: str) -> list[zipfile.ZipInfo]:
 def read_npz(path: str | Path, kind: Any, *, remedy: str) -> dict[str, np.ndarray]:
     """The arrays of an npz file that the TypedDict `kind` declares by `Array`; dtype and shape are checked first.
 
-    Raises FileNotFoundError, and UserError for what is no such file.
+    Those that are NotRequired may be absent. Raises FileNotFoundError, and UserError for what is no such file.
     """
     sizes: dict[str, int] = {}
     found: dict[str, np.ndarray] = {}
@@ -292,9 +295,13 @@ def read_npz(path: str | Path, kind: Any, *, remedy: str) -> dict[str, np.ndarra
         with zipfile.ZipFile(path) as archive:
             for name, annotation in _hints(kind).items():
                 member = members.get(f"{name}.npy")
+                optional = typing.get_origin(annotation) is typing.NotRequired
+                if member is None and optional:
+                    continue
                 if member is None:
                     raise mismatch(path, name, "an array", "nothing", remedy)
-                found[name] = _read_array(archive, member, typing.get_args(annotation)[1], sizes)
+                declared = typing.get_args(typing.get_args(annotation)[0] if optional else annotation)[1]
+                found[name] = _read_array(archive, member, declared, sizes)
     except FileNotFoundError:
         raise
     except _Mismatch as error:
@@ -316,15 +323,30 @@ def _read_array(
         if len(shape) != len(named) or any(a != b for a, b in zip(shape, named, strict=True) if isinstance(b, int)):
             raise _Mismatch(name, f"the shape ({', '.join(map(str, named))})", str(shape))
         sizes.update({size: n for size, n in zip(declared.shape, shape, strict=True) if isinstance(size, str)})
-        needed, there = math.prod(shape) * kind.itemsize, member.file_size - stream.tell()
+        head = stream.tell()
+        needed, there = math.prod(shape) * kind.itemsize, member.file_size - head
         if needed != there:
             raise _Mismatch(name, f"{needed} bytes for the shape {shape}", str(there))
-        data, at = np.empty(needed, np.uint8), 0
-        while chunk := stream.read(1 << 20):
-            data[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
-            at += len(chunk)
+        data, at = np.empty(0 if declared.mapped else needed, np.uint8), 0
+        while piece := stream.read(1 << 20):
+            if declared.mapped:  # a whole number of values: 1 MiB is a multiple of every size of a number
+                _check_values(np.frombuffer(piece, kind), declared, name)
+            else:
+                data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+    order: Literal["F", "C"] = "F" if fortran else "C"
+    if declared.mapped and needed:
+        return np.memmap(str(archive.filename), kind, "r", _place(archive, member) + head, shape, order)
     _check_values(data.view(kind) if needed else np.empty(0, kind), declared, name)
-    return np.ndarray(shape, kind, data, order="F" if fortran else "C")
+    return np.ndarray(shape, kind, data, order=order)
+
+
+def _place(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Where the data of an uncompressed member begins in the file, in bytes."""
+    with Path(str(archive.filename)).open("rb") as stream:
+        stream.seek(member.header_offset)
+        name, extra = struct.unpack("<HH", stream.read(30)[26:])
+    return member.header_offset + 30 + int(name) + int(extra)
 
 
 def read_array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -351,12 +373,11 @@ def _check_values(array: np.ndarray, declared: Array, name: str) -> None:
         if codes.max() > (0x10FFFF if array.dtype.kind == "U" else 1):
             raise _Mismatch(name, f"values of the type {declared.kind}", str(codes.max()))
         return
-    low, high = array.min(), array.max()  # NaN if there is one
-    if array.dtype.kind == "f" and not (np.isfinite(low) and np.isfinite(high)):
-        raise _Mismatch(name, "finite numbers", f"{array.size - np.isfinite(array).sum()} of {array.size} that are not")
-    if declared.low is not None and low < declared.low:
+    if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():  # float16 has no fast minimum
+        raise _Mismatch(name, "finite numbers", f"{array.size - finite.sum()} of {array.size} that are not")
+    if declared.low is not None and (low := array.min()) < declared.low:
         raise _Mismatch(name, f"values from {declared.low:g}", str(low))
-    if declared.high is not None and high > declared.high:
+    if declared.high is not None and (high := array.max()) > declared.high:
         raise _Mismatch(name, f"values to {declared.high:g}", str(high))
 
 

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 
 from vac_ddp.errors import UserError
-from vac_ddp.files import write_atomic
+from vac_ddp.results.npz_file import Blocks, text_array, write_npz
 from vac_ddp.schema import Array, Count, check, mismatch, parse_json, read_npz
 from vac_ddp.text import printable
 
@@ -93,16 +92,7 @@ def write_views(path: str | Path, head: ViewsHead, chunks: Iterable[np.ndarray])
     Only one chunk is in memory at a time. Raises ValueError if the chunks do not add up to the ids.
     """
     shape = (len(head.ids), len(head.views), len(head.classes))
-
-    def write(stream: BinaryIO) -> None:
-        with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open(_member("logits"), "w", force_zip64=True) as member:
-                _write_logits(member, shape, chunks)
-            for name, value in _small_arrays(head).items():
-                with archive.open(_member(name), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, value, allow_pickle=False)
-
-    write_atomic(path, write)
+    write_npz(path, {"logits": Blocks(dtype="<f4", shape=shape, blocks=chunks), **_small_arrays(head)})
 
 
 def read_views(path: str | Path) -> Views:
@@ -157,35 +147,12 @@ def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:
 def _small_arrays(head: ViewsHead) -> dict[str, np.ndarray]:
     about = {"format": FORMAT, **head.about}
     return {
-        "ids": _text(head.ids),
+        "ids": text_array(head.ids),
         "labels": np.asarray(head.labels, np.int64),
-        "sources": _text(head.sources),
+        "sources": text_array(head.sources),
         "damaged": np.asarray(head.damaged, np.int64),
         "failed": np.asarray(head.failed, np.bool_),
         "views": np.asarray(head.views, np.int64),
-        "classes": _text(head.classes),
+        "classes": text_array(head.classes),
         "about": np.array(json.dumps(about, ensure_ascii=False, sort_keys=True)),
     }
-
-
-def _text(values: Sequence[str]) -> np.ndarray:
-    return np.array(list(values), dtype=np.str_) if len(values) else np.zeros(0, dtype="<U1")
-
-
-def _write_logits(stream: Any, shape: tuple[int, int, int], chunks: Iterable[np.ndarray]) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_2_0(stream, header)
-    rows = 0
-    for chunk in chunks:
-        if chunk.shape[1:] != shape[1:]:
-            raise ValueError(f"a chunk of shape {chunk.shape} in a views file of shape {shape}")
-        stream.write(np.ascontiguousarray(chunk, "<f4").tobytes())
-        rows += len(chunk)
-    if rows != shape[0]:
-        raise ValueError(f"{rows} rows of logits for {shape[0]} videos")
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-    info.external_attr = 0o644 << 16
-    return info
