@@ -8,6 +8,7 @@ from typing import Any
 from vac_ddp.errors import UserError
 from vac_ddp.models import videomae, videomae_weights, weight_files
 from vac_ddp.models.load_report import Loaded, LoadReport, generator, some
+from vac_ddp.models.probe import make_probe
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.settings import ClipSettings, ModelSettings
 
@@ -18,6 +19,8 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
     Checkpoints of ours come back bit for bit, with the classifier where the classes are the same.
     Raises UserError when weights cannot be had, lack a part of the backbone, or do not fit.
     """
+    if settings.name == "probe":
+        return _load_probe(settings, clip, classes, seed=seed)
     own = None
     if settings.weights is not None and (settings.name == "videomae" or weight_files.is_own(settings.weights)):
         own = weight_files.open_source(settings.weights, revision=settings.revision)
@@ -27,8 +30,11 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
             return _load_own(own, settings, clip, classes, seed=seed)
         return _build_other(settings, clip, len(classes), seed=seed)
     if own is not None:
-        return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
+        loaded = videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
+        loaded.model.spatial_grid = settings.spatial_grid
+        return loaded
     model = build_model(settings, clip, len(classes), seed=seed)
+    model.spatial_grid = settings.spatial_grid
     report = LoadReport(source="none", missing=list(model.state_dict()))
     report.set_normalization(settings, report.mean, report.std, report.normalisation)
     report.pooling, report.head = "mean of the tokens", f"drawn for {len(classes)} classes"
@@ -36,22 +42,26 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
 
 
 def rebuild_model(
-    settings: ModelSettings, clip: ClipSettings, classes: list[str], architecture: dict[str, Any], *, seed: int
+    settings: ModelSettings,
+    clip: ClipSettings,
+    classes: list[str],
+    architecture: dict[str, Any],
+    *,
+    seed: int,
+    stored: int | None = None,
 ) -> Loaded:
     """The model of a run without weights, for those of its checkpoint: no other file and no hub is needed.
 
-    settings: of the run; architecture: what `Loaded.architecture` gave. The weights are undefined or random.
+    settings: of the run; architecture: what `Loaded.architecture` gave; stored: how many parameters its file holds,
+    where that is known. The weights are undefined or random.
     """
     mean, std = tuple(architecture["mean"]), tuple(architecture["std"])
     if settings.name != "videomae":
         bare = dataclasses.replace(settings, weights=None, mean=mean, std=std)
-        return _build_other(bare, clip, len(classes), seed=seed, saved=architecture)
-    model = videomae.empty_model(
-        videomae.architecture_from(architecture),
-        len(classes),
-        drop_path=settings.drop_path,
-        head_dropout=settings.head_dropout,
-    )
+        return _build_other(bare, clip, len(classes), seed=seed, saved=architecture, stored=stored)
+    arch = videomae_weights.with_positions(videomae.architecture_from(architecture), clip)
+    model = videomae.empty_model(arch, len(classes), drop_path=settings.drop_path, head_dropout=settings.head_dropout)
+    model.spatial_grid = settings.spatial_grid
     return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std))
 
 
@@ -104,6 +114,15 @@ def _build_other(
 
     saved: the architecture in a checkpoint; stored: how many parameters it holds.
     """
+    if settings.name == "probe":
+        names = [str(i) for i in range(num_classes)]
+        if saved is None:
+            encoder = load_model(_encoder_of(settings), clip, names, seed=seed)
+        else:
+            whole = {**saved["encoder"], "mean": settings.mean, "std": settings.std}
+            encoder = rebuild_model(_encoder_of(settings), clip, names, whole, seed=seed, stored=stored)
+        positions = (saved or {}).get("positions", True)
+        return make_probe(encoder, settings, num_classes, seed=seed, positions=positions)
     if settings.name == "lsvit":
         from vac_ddp.models.lsvit import build_lsvit
 
@@ -116,17 +135,39 @@ def _build_other(
         from vac_ddp.models.hf_adapter import build_hf
 
         return build_hf(settings, clip, num_classes, seed=seed, architecture=saved, stored=stored)
-    raise UserError(f"model.name={settings.name} is none of videomae, lsvit, frame_vit, hf")
+    raise UserError(f"model.name={settings.name} is none of videomae, lsvit, frame_vit, hf, probe")
+
+
+def _encoder_of(settings: ModelSettings) -> ModelSettings:
+    """The settings of a probe's encoder by itself; its own classifier is dropped."""
+    return dataclasses.replace(settings, name=settings.encoder, pooling="mean", head_dropout=0.0)
+
+
+def _load_probe(settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int) -> Loaded:
+    """A probe from a checkpoint of one, else an encoder from any weights with a new pooling and classifier."""
+    if settings.weights is not None and weight_files.is_own(settings.weights):
+        source = weight_files.open_source(settings.weights)
+        saved = _saved_name(source)
+        if saved == "probe":
+            return _load_own(source, settings, clip, classes, seed=seed)
+        if saved is not None and saved != settings.encoder:
+            raise UserError(f"{source.path} holds a model of the kind {saved}: set model.encoder={saved}")
+    return _build_other(settings, clip, len(classes), seed=seed)
+
+
+def _saved_name(source: weight_files.Source) -> str | None:
+    return (source.architecture or {}).get("name") or (source.config or {}).get("model", {}).get("name")
 
 
 def _refuse_other_model(source: weight_files.Source, settings: ModelSettings) -> None:
-    saved = (source.architecture or {}).get("name") or (source.config or {}).get("model", {}).get("name")
+    saved = _saved_name(source)
     if saved is not None and saved != settings.name:
         raise UserError(f"{source.path} holds a model of the kind {saved}: set model.name={saved}")
 
 
 # What a checkpoint's config says of its architecture; the rest (drop path, dropout...) is the new run's to choose.
 _OF_ARCHITECTURE = (
+    "encoder",
     "backbone",
     "width",
     "depth",
@@ -134,6 +175,9 @@ _OF_ARCHITECTURE = (
     "mlp_ratio",
     "patch",
     "pooling",
+    "statistics",
+    "queries",
+    "spatial_grid",
     "smif",
     "lmi",
     "lsvit_version",

@@ -1,76 +1,28 @@
-"""Frame ViT: any timm image backbone on the frames of a clip, its features brought together over time.
+"""Frame ViT: any timm image backbone on the frames of a clip, its features pooled over time.
 
-The "lightweight" model of the starting notebook is a ViT-S with the mean over time. The mean cannot tell a clip
-from its reverse; attention pooling weighs frames but does not know their order either; the transformer does.
+The "lightweight" model of the starting notebook is a ViT-S with the mean over time.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.load_report import Loaded
-from vac_ddp.models.timm_backbone import FrameModel, create_backbone, encode, finish, is_plain_vit, seeded
+from vac_ddp.models.pooling import make_pool
+from vac_ddp.models.timm_backbone import (
+    FrameModel,
+    create_backbone,
+    encode_tokens,
+    finish,
+    is_plain_vit,
+    pool_frames,
+    seeded,
+)
 from vac_ddp.models.video_model import keep_factors
 from vac_ddp.settings import ClipSettings, ModelSettings
-
-
-class MeanPool(nn.Module):
-    """The mean over time."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """From features (B, T, C) to (B, C)."""
-        return features.mean(1)
-
-
-class AttentionPool(nn.Module):
-    """One learnt query attends to the frames (several heads), which are normalised first."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Parameter(torch.empty(1, width))
-        self.norm = nn.LayerNorm(width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-        nn.init.trunc_normal_(self.query, std=0.02)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """From features (B, T, C) to (B, C)."""
-        batch, frames, width = features.shape
-        kv = self.kv(self.norm(features)).view(batch, frames, 2, self.heads, width // self.heads)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).reshape(batch, width))
-
-
-class TimeTransformer(nn.Module):
-    """Pre-norm transformer layers over the frames with a learnt position table, then norm and mean."""
-
-    def __init__(self, width: int, heads: int, frames: int, layers: int = 2) -> None:
-        super().__init__()
-        self.time_embed = nn.Parameter(torch.empty(1, frames, width))
-        nn.init.trunc_normal_(self.time_embed, std=0.02)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """From features (B, T, C) to (B, C)."""
-        if features.shape[1] != self.time_embed.shape[1]:
-            raise ValueError(f"{features.shape[1]} frames, the model takes {self.time_embed.shape[1]}")
-        x = features + self.time_embed
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x).mean(1)
 
 
 class FrameViT(FrameModel):
@@ -87,20 +39,12 @@ class FrameViT(FrameModel):
             raise UserError(
                 f"model.drop_path={settings.drop_path} is for plain ViTs, not {type(backbone).__name__}: give 0"
             )
-        width = backbone.head_hidden_size
-        heads = next(n for n in (max(1, width // 64), 8, 4, 2, 1) if width % n == 0)
         self._checkpointing = 0
         self.backbone = backbone
-        self.pool: nn.Module
-        if settings.pooling == "mean":
-            self.pool = MeanPool()
-        elif settings.pooling == "attention":
-            self.pool = AttentionPool(width, heads)
-        elif settings.pooling == "transformer":
-            self.pool = TimeTransformer(width, heads, frames)
-        else:
-            raise UserError(f"model.pooling={settings.pooling}: mean, attention or transformer")
-        self.add_classifier(width, num_classes, settings)
+        self.frames, self.spatial_grid = frames, settings.spatial_grid
+        pool = make_pool(settings, *self.step_shape)
+        self.pool: nn.Module = pool
+        self.add_classifier(pool.out_width, num_classes, settings)
         self.train(self.training)
 
     @property
@@ -123,14 +67,26 @@ class FrameViT(FrameModel):
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) float32 of clips (B, T, 3, H, W), normalized floats; noise (B, noise_size) in [0, 1)."""
+        return self.classify(self.pool(self.frame_features(clips, noise)), noise)
+
+    def frame_features(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T, D) of the frames of clips (B, T, 3, H, W), as the backbone pools them or over regions."""
         batch, frames = clips.shape[:2]
         images = clips.flatten(0, 1)
         if self.plain:
             keep = keep_factors(noise, self.rates, frames)
-            features = encode(self.backbone, images, keep=keep, checkpointing=self.checkpointing)
-        else:
+            tokens = encode_tokens(self.backbone, images, keep=keep, checkpointing=self.checkpointing)
+            features = pool_frames(self.backbone, tokens, self.spatial_grid)
+        elif self.spatial_grid == 1:
             features = self.backbone(images)
-        return self.classify(self.pool(features.unflatten(0, (batch, frames))), noise)
+        else:
+            features = pool_frames(self.backbone, self.backbone.forward_features(images), self.spatial_grid)
+        return features.unflatten(0, (batch, frames))
+
+    def keep_encoder(self) -> None:
+        """Remove pooling and classifier."""
+        super().keep_encoder()
+        self.pool = nn.Identity()
 
     def compiled_modules(self) -> list[nn.Module]:
         """Every block of a plain ViT, or another backbone as a whole, and the pooling."""

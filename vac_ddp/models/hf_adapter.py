@@ -62,6 +62,19 @@ class HFClassifier(VideoModel):
         """Logits (B, K) float32 of normalised clips; noise is not used."""
         return self.net(**{self.net.main_input_name: clips}).logits.float()
 
+    def steps(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T', D) float32 of each time step: the last hidden state, averaged over space."""
+        raise UserError("model.name=hf gives no features of time steps yet: give another model.name or model.encoder")
+
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """(T', D) of `steps`."""
+        raise UserError("model.name=hf gives no features of time steps yet: give another model.name or model.encoder")
+
+    def keep_encoder(self) -> None:
+        """Remove the classifier."""
+        raise UserError("model.name=hf gives no features of time steps yet: give another model.name or model.encoder")
+
     def layers(self) -> list[nn.Module]:
         """The numbered layers that layer decay counts, from below."""
         found: dict[str, None] = {}

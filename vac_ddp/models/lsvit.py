@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.load_report import Loaded
-from vac_ddp.models.timm_backbone import FrameModel, create_backbone, encode, finish, is_plain_vit, seeded
+from vac_ddp.models.timm_backbone import (
+    FrameModel,
+    create_backbone,
+    encode_tokens,
+    finish,
+    is_plain_vit,
+    pool_frames,
+    seeded,
+)
 from vac_ddp.models.video_model import keep_factors
 from vac_ddp.settings import ClipSettings, ModelSettings
 
@@ -127,7 +135,7 @@ class LMI(nn.Module):
 class LSViT(FrameModel):
     """Clips in, logits out: SMIF, a ViT on frames with an LMI after every block, the mean of the CLS tokens over time.
 
-    mean, std: what the clips are normalized with, for SMIF.
+    mean, std: what the clips are normalized with, for SMIF; frames: of a clip.
     """
 
     backbone: VisionTransformer
@@ -140,18 +148,24 @@ class LSViT(FrameModel):
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        frames: int,
     ) -> None:
         super().__init__()
         width = backbone.embed_dim
+        self.frames, self.spatial_grid = frames, settings.spatial_grid
         self.checkpointing = 0
         self.version = version = settings.lsvit_version
         self.smif = SMIF(mean, std, version=version) if settings.smif else None
         self.backbone = backbone
         self.lmi = nn.ModuleList(LMI(width, version=version) for _ in backbone.blocks) if settings.lmi else None
-        self.add_classifier(width, num_classes, settings)
+        self.add_classifier(self.step_shape[1], num_classes, settings)
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) float32 of clips (B, T, 3, H, W), normalized floats; noise (B, noise_size) in [0, 1)."""
+        return self.classify(self.frame_features(clips, noise).mean(1), noise)
+
+    def frame_features(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T, D) of the frames of clips (B, T, 3, H, W), as the backbone pools them or over regions."""
         batch, frames = clips.shape[:2]
         lmi = self.lmi
         if self.smif is not None:
@@ -161,10 +175,10 @@ class LSViT(FrameModel):
             return tokens if lmi is None else lmi[i](tokens.unflatten(0, (batch, frames))).flatten(0, 1)
 
         keep = keep_factors(noise, self.rates, frames)
-        features = encode(
+        tokens = encode_tokens(
             self.backbone, clips.flatten(0, 1), keep=keep, checkpointing=self.checkpointing, after_block=integrate
         )
-        return self.classify(features.unflatten(0, (batch, frames)).mean(1), noise)
+        return pool_frames(self.backbone, tokens, self.spatial_grid).unflatten(0, (batch, frames))
 
     def compiled_modules(self) -> list[nn.Module]:
         """Every block, the LMIs and the SMIF."""
@@ -186,7 +200,7 @@ def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
                 f"model.backbone={settings.backbone} is no plain ViT of timm (vit_*, deit_*), which lsvit needs: "
                 "give one, or model.name=frame_vit"
             )
-        model = LSViT(backbone, num_classes, settings, mean=report.mean, std=report.std)
+        model = LSViT(backbone, num_classes, settings, mean=report.mean, std=report.std, frames=clip.frames)
     motion = ["SMIF"] * settings.smif + ["LMI"] * settings.lmi
     versioned = [f"{part} (version {settings.lsvit_version})" for part in motion]
     return finish(model, report, ", ".join(["classifier", *versioned]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
+from vac_ddp.models.efficientnet_names import is_efficientnet_pytorch, to_timm
 from vac_ddp.models.load_report import Loaded, LoadReport
-from vac_ddp.models.video_model import VideoModel, add_branch, classify, drop_rates, new_head, run_blocks
+from vac_ddp.models.video_model import VideoModel, add_branch, classify, drop_rates, new_head, region_means, run_blocks
 from vac_ddp.models.weight_files import Source
 from vac_ddp.schema import fault
 from vac_ddp.settings import ModelSettings
@@ -180,6 +182,8 @@ def load_tensors(model: nn.Module, source: Source) -> LoadReport:
     """
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     given = {name.removeprefix("module."): value for name, value in source.state.items()}
+    if is_efficientnet_pytorch(given):
+        given = to_timm(given, model.state_dict())
     before = {name: tuple(value.shape) for name, value in given.items()}
     try:
         state = adapt(dict(given), model) if adapt else given
@@ -230,7 +234,7 @@ def backbone_depths(backbone: Any) -> tuple[dict[str, int], int]:
     return depths, max(depths.values()) + 2
 
 
-def encode(
+def encode_tokens(
     vit: timm_vit.VisionTransformer,
     frames: Tensor,
     *,
@@ -238,13 +242,28 @@ def encode(
     checkpointing: int = 0,
     after_block: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Features (N, C) of frames (N, 3, H, W) by a plain ViT, as its own forward without a classifier makes them.
+    """Tokens (N, P, C) of frames (N, 3, H, W) by a plain ViT, as its own `forward_features` makes them.
 
     keep, checkpointing, after_block: as in `run_blocks`.
     """
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(frames))))
     x = run_blocks(vit.blocks, x, keep=keep, checkpointing=checkpointing, after_block=after_block)
-    return vit.forward_head(vit.norm(x), pre_logits=True)
+    return vit.norm(x)
+
+
+def feature_map(backbone: Any, features: Tensor) -> Tensor:
+    """The map (N, H, W, C) in what a timm model's `forward_features` gives: a map, or tokens without a map's shape."""
+    if features.ndim == 4:
+        return features if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features.movedim(1, -1)
+    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+    return patches.unflatten(1, backbone.patch_embed.grid_size)
+
+
+def pool_frames(backbone: Any, features: Tensor, grid: int) -> Tensor:
+    """Features (N, D) of what `forward_features` gives: as timm's head pools it, or means of grid x grid regions."""
+    if grid == 1:
+        return backbone.forward_head(features, pre_logits=True)
+    return region_means(feature_map(backbone, features), grid)
 
 
 class FrameModel(VideoModel):
@@ -255,8 +274,28 @@ class FrameModel(VideoModel):
     """
 
     backbone: Any  # a VisionTransformer with blocks of ours where `is_plain_vit`, else any model of timm
+    frames: int  # of a clip
     head: nn.Linear
     rates: Tensor
+
+    @abstractmethod
+    def frame_features(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T, D) of the frames of clips (B, T, 3, H, W), as the backbone pools them or over regions."""
+
+    def steps(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T, D) float32 of every frame: as timm pools them, or the means of regions of its map."""
+        return self.frame_features(clips, noise).float()
+
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """(T, D) of `steps`."""
+        grid, backbone = self.spatial_grid, self.backbone
+        return self.frames, backbone.head_hidden_size if grid == 1 else grid**2 * backbone.num_features
+
+    def keep_encoder(self) -> None:
+        """Remove the classifier."""
+        del self.head
+        self.head_dropout = 0.0
 
     def add_classifier(self, width: int, num_classes: int, settings: ModelSettings) -> None:
         """Draw the head for features of `width` numbers, and set up what depends on the backbone: to be called last."""

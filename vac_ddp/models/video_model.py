@@ -9,8 +9,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from vac_ddp.errors import UserError
 
 
 class VideoModel(nn.Module, ABC):
@@ -21,10 +24,12 @@ class VideoModel(nn.Module, ABC):
 
     num_depths: depths for layer decay and freezing, embedding and head included.
     checkpointing: blocks from below whose activations are recomputed in the backward pass; may be set at any time.
+    spatial_grid: regions a side that `steps` averages each time step over; set before the model is used.
     """
 
     num_depths: int
     checkpointing: int
+    spatial_grid: int = 1
 
     @property
     @abstractmethod
@@ -37,6 +42,23 @@ class VideoModel(nn.Module, ABC):
 
         noise: (B, noise_size) in [0, 1); without it nothing is dropped and the result is deterministic.
         """
+
+    @abstractmethod
+    def steps(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T', D) float32 of each time step of clips (B, T, 3, H, W), averaged over space.
+
+        With `spatial_grid` above 1 over each of spatial_grid x spatial_grid regions, row by row: D is that many times
+        the encoder's width. noise: as for `forward`, of which the encoder's part is read.
+        """
+
+    @property
+    @abstractmethod
+    def step_shape(self) -> tuple[int, int]:
+        """(T', D) of `steps`."""
+
+    @abstractmethod
+    def keep_encoder(self) -> None:
+        """Remove what is above `steps`, so that no parameter is left unused; only `steps` may be called after it."""
 
     @abstractmethod
     def depth_of(self, name: str) -> int:
@@ -61,6 +83,21 @@ class VideoModel(nn.Module, ABC):
         torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
         for module in self.compiled_modules():
             module.compile(fullgraph=True)
+
+
+def region_means(maps: Tensor, grid: int) -> Tensor:
+    """Means (N, grid * grid * C) float32 of maps (N, H, W, C) over grid x grid regions, row by row.
+
+    Regions of sides that `grid` does not divide overlap by a line. UserError for more regions than the map has.
+    """
+    with full_precision(maps.device):
+        maps = maps.float()
+        if grid == 1:
+            return maps.mean((1, 2))
+        if grid > min(maps.shape[1:3]):
+            size = f"{maps.shape[1]} x {maps.shape[2]}"
+            raise UserError(f"model.spatial_grid={grid}: the encoder's map is {size}; give no more than that")
+        return F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).flatten(1)
 
 
 def drop_rates(last: float, blocks: int) -> Tensor:

@@ -27,6 +27,7 @@ from vac_ddp.models.video_model import (
     full_precision,
     init_head,
     keep_factors,
+    region_means,
     run_blocks,
 )
 from vac_ddp.settings import ClipSettings
@@ -138,9 +139,29 @@ class VideoMAE(VideoModel):
 
         noise: (B, noise_size) in [0, 1); without it nothing is dropped and the result is deterministic.
         """
+        return self.classify(self.encode(clips, noise), noise)
+
+    def encode(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) of clips (B, T, 3, H, W) behind the last block, before the final norm."""
         keep = keep_factors(noise, self.drop_rates)
-        x = run_blocks(self.blocks, self.embed(clips), keep=keep, checkpointing=self.checkpointing)
-        return self.classify(x, noise)
+        return run_blocks(self.blocks, self.embed(clips), keep=keep, checkpointing=self.checkpointing)
+
+    def steps(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Features (B, T', D) float32 of each tubelet: the tokens after the final norm, averaged over space."""
+        tokens = self.encode(clips, noise)
+        with full_precision(tokens.device):
+            maps = self.fc_norm(tokens.float()).unflatten(1, self.arch.grids[-1])
+        return region_means(maps.flatten(0, 1), self.spatial_grid).unflatten(0, maps.shape[:2])
+
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """(T', D) of `steps`."""
+        return self.arch.grids[-1][0], self.spatial_grid**2 * self.arch.width
+
+    def keep_encoder(self) -> None:
+        """Remove the classifier."""
+        del self.head
+        self.head_dropout = 0.0
 
     def embed(self, clips: Tensor) -> Tensor:
         """Tokens (B, N, D) with their positions.

@@ -51,7 +51,8 @@ def load_videomae(
     arch = _architecture(source, state, layout, settings, report)
     rows = _head_rows(source, state, layout, classes, report)
     arch = _pooling(arch, state, layout, kept_head=rows is not None, report=report)
-    arch = _positions(arch, clip, report)
+    arch = with_positions(arch, clip)
+    report.positions = "sine-cosine over " + ", interpolated to ".join("x".join(map(str, g)) for g in arch.grids)
     if _no_qv_biases(source):
         state = _zero_biases(state, arch)
 
@@ -305,10 +306,10 @@ def _pooling(
     return dataclasses.replace(arch, pooling="mean")
 
 
-def _positions(arch: Architecture, clip: ClipSettings, report: LoadReport) -> Architecture:
+def with_positions(arch: Architecture, clip: ClipSettings) -> Architecture:
+    """The architecture for such clips: its position table is interpolated where they have another grid."""
     grid = videomae.grid_of(clip, tubelet=arch.tubelet, patch=arch.patch)
     grids = arch.grids if grid == arch.grids[-1] else (*arch.grids, grid)
-    report.positions = "sine-cosine over " + ", interpolated to ".join("x".join(map(str, g)) for g in grids)
     return dataclasses.replace(arch, grids=grids)
 
 
