@@ -46,6 +46,7 @@ ELSEWHERE = {
 
 # A model and clips of the smallest kind, over whatever preset a training command names.
 SMALL = [
+    "model.name=videomae",
     "model.weights=null", "model.size=null", "model.width=16", "model.depth=1", "model.heads=2", "model.patch=16",
     "model.tubelet=2", "model.mean=null", "model.std=null", "clip.size=32", "clip.short_side=null",
     "augment.randaugment=", "augment.repeats=1", "train.max_steps=2", "train.epochs=1", "train.global_batch=4",

@@ -1,8 +1,10 @@
-"""What the settings of a data set depend on: classes, lengths, sources, sizes, colours; GPUs and weights."""
+"""What the settings of a data set depend on: classes, lengths, groups, sizes, colours, the time of decoding."""
 
 from __future__ import annotations
 
 import re
+import statistics
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +16,25 @@ from vac_ddp.data.index import Index
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
 
-TUNED, SELF_SUPERVISED = "MCG-NJU/videomae-base-finetuned-kinetics", "MCG-NJU/videomae-base"
 SAMPLE = 64  # frames that are decoded to see sizes and colours
 # "set1_seq01_clip002", "s003_c00", "film7-part3": what stands before a word for a piece and its number
 PIECE = re.compile(r"^(.+?)([ _.-]+(?:clip|c|part|p|piece|segment|seg|shot|take|cut)[ _.-]?)\d+$", re.IGNORECASE)
 
+NAMED = {  # what group_by=auto recognizes, by the setting that asks for it
+    "hmdb51": DataSettings(group_by="hmdb51"),
+    "ucf101": DataSettings(group_by="ucf101"),
+    "numbered": DataSettings(group_by="numbered"),
+    "last number": DataSettings(group_by="numbered"),
+    "none": DataSettings(group_by="none"),
+}
+
 
 @dataclass(kw_only=True)
 class Metadata:
-    """What was found. mean, std: of the pixels, 0 to 1, by channel."""
+    """What was found in the data. mean, std: of the pixels, 0 to 1, by channel.
+
+    rule: settings with the group rule alone; grouping: the groups that it gives. decode_s: processor time of a frame.
+    """
 
     data: str
     frame_pattern: str | None
@@ -32,14 +44,12 @@ class Metadata:
     short_sides: list[int]
     mean: list[float]
     std: list[float]
-    sources: Sources
+    rule: DataSettings
+    grouping: Sources
     example: str
-    regex: str | None
     sided: list[str]
     notes: list[str]
-    gpus: list[str]
-    weights: str | None
-    why_weights: str
+    decode_s: float
 
     @property
     def videos(self) -> int:
@@ -50,10 +60,8 @@ class Metadata:
 def inspect(data: str, index: Index, frame_pattern: str | None = None) -> Metadata:
     """Everything the settings depend on."""
     names, classes = list(index.names), [index.classes[label] for label in index.labels.tolist()]
-    regex, sources = group(names, classes)
-    short_sides, mean, std = inspect_frames(index)
-    gpus = _gpus()
-    weights, why = choose_weights(bool(gpus), len(index))
+    rule, grouping = group_rule(names, classes)
+    short_sides, mean, std, decode_s = inspect_frames(index)
     return Metadata(
         data=data,
         frame_pattern=frame_pattern,
@@ -63,43 +71,55 @@ def inspect(data: str, index: Index, frame_pattern: str | None = None) -> Metada
         short_sides=short_sides,
         mean=mean,
         std=std,
-        sources=sources,
+        rule=rule,
+        grouping=grouping,
         example=names[0],
-        regex=regex,
         sided=flip_guard(index.classes),
         notes=list(index.notes),
-        gpus=gpus,
-        weights=weights,
-        why_weights=why,
+        decode_s=decode_s,
     )
 
 
-def group(names: list[str], classes: list[str]) -> tuple[str | None, Sources]:
-    """(regular expression, sources): by a word for a piece at the end of the names, else as group_by=auto tells."""
-    told = find_sources(names, classes, DataSettings())
-    if told.grammar in ("hmdb51", "ucf101"):
-        return None, told
+def group_rule(names: list[str], classes: list[str]) -> tuple[DataSettings, Sources]:
+    """(group_by and group_regex, the groups they give): by a word for a piece at the end of the names, or as auto does.
+
+    What `group_by=auto` recognizes is named, so that more videos can't change it, unless some names don't fit it.
+    """
+    auto = find_sources(names, classes, DataSettings())
+    candidates = []
+    if auto.grammar not in ("hmdb51", "ucf101") and (regex := _piece_regex(names)):
+        candidates.append(DataSettings(group_by="regex", group_regex=regex))
+    candidates.append(NAMED[auto.grammar])
+    for rule in candidates:
+        try:
+            found = find_sources(names, classes, rule)
+        except UserError:  # a name that does not fit, or a class that would have a single group
+            continue
+        same = found.groups == auto.groups
+        if same if rule.group_by != "regex" else len(set(found.groups)) < len(names):
+            return rule, found
+    return DataSettings(), auto
+
+
+def _piece_regex(names: list[str]) -> str | None:
     found = [PIECE.match(name.rpartition("/")[2]) for name in names]
     words = {match.group(2) if match else None for match in found}
     if len(words) != 1 or None in words:
-        return None, told
-    regex = rf"^(.+){re.escape(words.pop() or '')}\d+$"
-    try:
-        pieces = find_sources(names, classes, DataSettings(group_by="regex", group_regex=regex))
-    except UserError:  # a class would have a single source
-        return None, told
-    return (regex, pieces) if len(set(pieces.groups)) < len(names) else (None, told)
+        return None
+    return rf"^(.+){re.escape(words.pop() or '')}\d+$"
 
 
-def inspect_frames(index: Index) -> tuple[list[int], list[float], list[float]]:
-    """Short sides, and mean and deviation of the colours, of some frames from the middle of videos all over the set."""
+def inspect_frames(index: Index) -> tuple[list[int], list[float], list[float], float]:
+    """(short sides, mean, std, decoding time) of some frames from the middle of videos all over the set."""
     videos = np.linspace(0, len(index) - 1, min(SAMPLE, len(index))).round().astype(int)
-    sides, means, squares = [], [], []
+    sides, means, squares, seconds = [], [], [], []
     for video in videos.tolist():
+        begin = time.thread_time()
         try:
             pixels = decode_frame(index.frame_bytes(video, int(index.frame_counts[video]) // 2))
         except (OSError, DamagedFrame):
             continue  # `vac audit` and the training count and name damaged frames
+        seconds.append(time.thread_time() - begin)
         sides.append(min(pixels.shape[:2]))
         values = pixels.reshape(-1, 3) / 255.0
         means.append(values.mean(axis=0))
@@ -107,29 +127,6 @@ def inspect_frames(index: Index) -> tuple[list[int], list[float], list[float]]:
     if not sides:
         raise UserError(f"{index.root}: none of {len(videos)} frames that were tried can be decoded: see vac audit")
     mean = np.mean(means, axis=0)
-    deviation = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 1e-4))
-    return sides, [round(float(x), 3) for x in mean], [round(float(x), 3) for x in deviation]
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def choose_weights(gpu: bool, videos: int) -> tuple[str | None, str]:
-    """(hub id or None, why): pretrained where there is a GPU to tune them and a way to get them."""
-    if not gpu:
-        return None, "no GPU here: a ViT-B takes tens of seconds a clip on a CPU"
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    from vac_ddp.report.services import answers
-
-    wanted = TUNED if videos < 50_000 else SELF_SUPERVISED
-    if any(
-        isinstance(try_to_load_from_cache(wanted, name), str) for name in ("model.safetensors", "pytorch_model.bin")
-    ):
-        return wanted, "in the cache of the Hugging Face hub"
-    if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
-        return wanted, "from the Hugging Face hub, which answers"
-    return None, f"{constants.ENDPOINT} does not answer and {wanted} is not in its cache"
+    std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 1e-4))
+    mean, std = ([round(float(x), 3) for x in values] for values in (mean, std))
+    return sides, mean, std, statistics.median(seconds)
