@@ -7,7 +7,7 @@
 Three tables. Views: decoding for 5 windows x 3 crops (mirrored ones are made on the device) against 5 windows x 1 crop:
 each frame is decoded once for all views, so it should cost at most 1.3 times as much; cutting and resampling, which
 every crop needs, are shown beside it. Passes: uint8 clips in the device's memory to logits, ours with normalisation
-against Hugging Face's class with floats that are ready. Whole: `predict_views` from files, saving and gathering
+against Hugging Face's class with floats that are ready. Whole: `run_task` from files, saving and gathering
 included, with the share of its time in which the model could not work.
 
 Exit status 3 where a bar is missed.
@@ -49,8 +49,8 @@ from vac_ddp.data.loader import views_loader
 from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import DONE, FINDINGS
 from vac_ddp.models import load_model
-from vac_ddp.predicting.all_videos import predict_views
-from vac_ddp.predicting.task import Task
+from vac_ddp.predicting.all_videos import run_task
+from vac_ddp.predicting.task import VIEWS, Task
 from vac_ddp.results.logits_file import ViewsHead
 from vac_ddp.scoring.scorer import Scorer, prepare
 from vac_ddp.scoring.views import video_costs, view_table
@@ -202,7 +202,9 @@ def whole_prediction(options: Any, device: torch.device, index: Any, folder: Pat
         ),
         costs=video_costs(index.frame_counts, lambda n: view_windows(n, clip, views), views.crops),
         fingerprint={"data": "benchmark"},
-        prior=np.zeros(len(CLASSES), np.float32),
+        arrays=lambda logits: {"logits": logits},
+        missing={"logits": np.zeros((per_video, len(CLASSES)), np.float32)},
+        output=VIEWS,
     )
     load = functools.partial(
         views_loader,
@@ -215,7 +217,7 @@ def whole_prediction(options: Any, device: torch.device, index: Any, folder: Pat
     found: list[dict[str, float]] = []
     for turn in range(2):
         start = time.perf_counter()
-        done = predict_views(
+        done = run_task(
             task,
             scorer,
             load,

@@ -173,12 +173,12 @@ def test_passes_of_any_size_give_every_video_its_own_views(at_once: int, flip: b
     alone = Sums()
     for video, own, good in zip(found, clips, decoded, strict=True):
         if not good:
-            assert video.logits is None
+            assert video.outputs is None
             continue
         rows = []
         for clip in own.permute(0, 1, 4, 2, 3).float():
             rows += [alone(clip[None]), *([alone(clip.flip(-1)[None])] if flip else [])]
-        np.testing.assert_allclose(video.logits, torch.cat(rows), rtol=1e-5)
+        np.testing.assert_allclose(video.outputs, torch.cat(rows), rtol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 100])
@@ -204,9 +204,9 @@ def test_batches_of_several_videos_come_out_video_by_video(at_once: int) -> None
     assert [(v.place, v.video) for v in found] == [(i, 10 + i) for i in range(7)]
     for video, own, good in zip(found, clips, decoded.tolist(), strict=True):
         expected = Sums()(own.permute(0, 1, 4, 2, 3).float())
-        assert (video.logits is None) == (not good)
+        assert (video.outputs is None) == (not good)
         if good:
-            np.testing.assert_allclose(video.logits, expected, rtol=1e-5)
+            np.testing.assert_allclose(video.outputs, expected, rtol=1e-5)
 
 
 def test_equal_windows_of_a_short_video_go_through_the_model_once(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_equal_windows_of_a_short_video_go_through_the_model_once(tmp_path: Path
             model=model, device=torch.device("cpu"), autocast=None, mean=(0.5,) * 3, std=(0.5,) * 3, flip=True,
             clips_per_gpu=7,
         )  # fmt: skip
-        return [v.logits for v in scored_videos(scorer, batches)], sum(model.passes)
+        return [v.outputs for v in scored_videos(scorer, batches)], sum(model.passes)
 
     found, clips = scored([dataset[video] for video in range(3)])
     together = dataset.__getitems__([0, 1, 2])  # several videos in a batch: every view has its own clip
@@ -520,7 +520,7 @@ def test_stopped_and_started_again_it_computes_the_rest(
 
 
 def test_parts_of_another_shape_or_with_a_video_twice_do_not_count(tmp_path: Path) -> None:
-    kind = part_files.record_type(2, 3)
+    kind = part_files.record_type({"logits": np.zeros((2, 3), np.float32)})
     records = np.zeros(2, kind)
     records["video"] = [4, 5]
     (tmp_path / "parts").mkdir()
@@ -528,7 +528,7 @@ def test_parts_of_another_shape_or_with_a_video_twice_do_not_count(tmp_path: Pat
     again = records.copy()
     again["video"] = [5, 6]
     part_files.save_part(tmp_path, again)
-    part_files.save_part(tmp_path, np.zeros(1, part_files.record_type(1, 3)))
+    part_files.save_part(tmp_path, np.zeros(1, part_files.record_type({"logits": np.zeros((1, 3), np.float32)})))
     said: list[str] = []
     found, done = part_files.read_parts(tmp_path, kind, 9, said.append)
     assert done.tolist() == [4, 5]
@@ -540,20 +540,25 @@ def test_parts_are_joined_in_the_order_of_the_videos_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(part_files, "CHUNK_BYTES", 100)  # two videos at a time
-    kind, rng = part_files.record_type(2, 3), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    kind = part_files.record_type({"logits": np.zeros((2, 3), np.float32), "steps": np.zeros((2, 7, 3), np.float16)})
     records = np.zeros(5, kind)
     records["video"], records["logits"] = [4, 0, 2, 3, 1], rng.normal(size=(5, 2, 3))
+    records["steps"] = rng.normal(size=(5, 2, 7, 3))
     records["damaged"], records["failed"] = records["video"] * 10, records["video"] == 2
     names = [part_files.save_part(tmp_path, records[rows]) for rows in (slice(0, 3), slice(3, 5))]
-    parts = [part_files.read_part(tmp_path, name) for name in names]
+    parts = [part_files.read_part(tmp_path, name, kind) for name in names]
     head = ViewsHead(
         ids=list("abcde"), classes=list("xyz"), views=np.zeros((2, 3), np.int64), labels=np.full(5, -1),
         sources=[""] * 5, damaged=np.zeros(5), failed=np.zeros(5, bool),
     )  # fmt: skip
-    joined, chunks = part_files.joined(parts, head, kind)
-    found = list(chunks)
-    assert len(found) > 1
-    np.testing.assert_array_equal(np.concatenate(found), records["logits"][np.argsort(records["video"])])
+    joined, blocks = part_files.joined(parts, head, kind)
+    assert list(blocks) == ["logits", "steps"]
+    for name, array in blocks.items():
+        found = list(array)
+        assert len(found) > 1
+        assert found[0].dtype == records[name].dtype
+        np.testing.assert_array_equal(np.concatenate(found), records[name][np.argsort(records["video"])])
     assert (joined.damaged.tolist(), joined.failed.tolist()) == (
         [0, 10, 20, 30, 40],
         [False, False, True, False, False],
@@ -565,7 +570,7 @@ def test_parts_are_joined_in_the_order_of_the_videos_or_not_at_all(
     data[-1] ^= 1
     (tmp_path / "parts" / names[0]).write_bytes(data)
     with pytest.raises(OSError, match="not what was written"):
-        part_files.read_part(tmp_path, names[0])
+        part_files.read_part(tmp_path, names[0], kind)
 
 
 # ---------------------------------------------------------------- many ranks

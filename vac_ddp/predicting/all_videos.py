@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from vac_ddp.data.loader import Loader
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.predicting import part_files
 from vac_ddp.predicting.task import Task
-from vac_ddp.results.logits_file import NAME, write_views
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import say
@@ -29,7 +28,7 @@ NAMED = 20  # damaged frames that are named one by one
 
 @dataclass(kw_only=True)
 class Done:
-    """How a prediction went, on rank 0; counts are of all ranks, times of this one."""
+    """How it went, on rank 0; counts are of all ranks, times of this one."""
 
     path: Path
     computed: int = 0
@@ -40,7 +39,7 @@ class Done:
     damage: list[str] = field(default_factory=list)
 
 
-def predict_views(
+def run_task(
     task: Task,
     scorer: Scorer,
     load: Callable[[list[int]], Loader],
@@ -51,16 +50,16 @@ def predict_views(
     stop: Callable[[], int] = lambda: 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Done:
-    """Score every video of the task and write OUT/views.npz; called by all ranks.
+    """Send every video of the task through the model and write its file to OUT; called by all ranks.
 
     load: batches of one video each, of the videos with these numbers. What an earlier, killed run of any world size
-    left in OUT/parts is not computed again; a complete views file is kept as it is. Raises UserError where OUT holds
-    another prediction, and Interrupted, with what is finished saved, where `stop()` says so. `progress` is told how
+    left in OUT/parts is not computed again; a complete file is kept as it is. Raises UserError where OUT holds
+    another one, and Interrupted, with what is finished saved, where `stop()` says so. `progress` is told how
     many of this rank's videos are done.
     """
-    kind = part_files.record_type(len(task.head.views), len(task.head.classes))
+    kind = part_files.record_type(task.missing)
     found = _open_together(task, out, kind, overwrite=overwrite)
-    result = Done(path=out / NAME, reused=len(found.done))
+    result = Done(path=out / task.output.name, reused=len(found.done))
     if found.complete:
         part_files.drop_parts(out)
         return result
@@ -86,20 +85,30 @@ def predict_views(
     return result
 
 
+@dataclass(kw_only=True)
+class _Finished:
+    """A video whose arrays are there, or None where nothing of it could be read."""
+
+    video: int
+    damaged: int
+    arrays: dict[str, np.ndarray] | None
+
+
 class _Share:
     """The videos of one rank: scored, and saved in parts whose `names` are kept; `result` counts."""
 
     def __init__(self, task: Task, out: Path, kind: np.dtype[Any], save_every: int, result: Done) -> None:
         self.task, self.out, self.kind, self.save_every, self.result = task, out, kind, save_every, result
         self.names: list[str] = []
-        self._waiting: list[tuple[Scored, int]] = []  # with their damaged frames
+        self._waiting: list[_Finished] = []
         self._damaged: dict[int, int] = {}  # damaged frames of videos that are on their way
 
     def score(self, scorer: Scorer, loader: Loader, ended: Callable[[], bool], progress: Callable[[int], None]) -> None:
         """Score the videos of `loader` and save them, until `ended`; it closes the loader."""
         try:
             for video in scored_videos(scorer, self._batches(loader)):
-                self._waiting.append((self._finite(video), self._damaged.pop(video.video)))
+                damaged = self._damaged.pop(video.video)
+                self._waiting.append(_Finished(video=video.video, damaged=damaged, arrays=self._arrays(video)))
                 self.result.computed += 1
                 progress(self.result.computed)
                 if len(self._waiting) >= self.save_every:
@@ -125,25 +134,26 @@ class _Share:
             result.damage += batch.damage[: NAMED - len(result.damage)]
             yield batch
 
-    def _finite(self, video: Scored) -> Scored:
-        """The video, without its logits where one of them is not finite: that is named, and the class prior answers."""
-        if video.logits is None or np.isfinite(video.logits).all():
-            return video
+    def _arrays(self, video: Scored) -> dict[str, np.ndarray] | None:
+        """What to keep of a video; None, and a line that names it, where a value is not finite."""
+        if video.outputs is None:
+            return None
+        arrays = self.task.arrays(video.outputs)
+        if all(np.isfinite(array).all() for array in arrays.values()):
+            return arrays
         if len(self.result.damage) < NAMED:
-            name = self.task.head.ids[video.video]
-            self.result.damage.append(f"{name}: its logits are not finite; try train.precision=fp32")
-        return replace(video, logits=None)
+            self.result.damage.append(f"{self.task.head.ids[video.video]}: {self.task.output.not_finite}")
+        return None
 
     def _save(self) -> None:
-        """Write a part of the videos that wait; where nothing could be decoded every view says the class prior."""
+        """Write a part of the videos that wait; one of which nothing could be decoded gets the task's `missing`."""
         if not self._waiting:
             return
         records = np.zeros(len(self._waiting), self.kind)
-        for record, (video, damaged) in zip(records, self._waiting, strict=True):
-            record["video"] = video.video
-            record["damaged"] = damaged
-            record["failed"] = video.logits is None
-            record["logits"] = self.task.prior if video.logits is None else video.logits
+        for record, video in zip(records, self._waiting, strict=True):
+            record["video"], record["damaged"], record["failed"] = video.video, video.damaged, video.arrays is None
+            for name, array in (video.arrays or self.task.missing).items():
+                record[name] = array
         self.names.append(part_files.save_part(self.out, records))
         self._waiting.clear()
 
@@ -202,9 +212,9 @@ class Meeting:
 
 def _open_together(task: Task, out: Path, kind: np.dtype[Any], *, overwrite: bool) -> part_files.Found:
     """Rank 0 looks at OUT and keeps the old parts; the others learn which videos are done."""
+    marks, videos = task.fingerprint, len(task.head.ids)
     found = distributed.main_first(
-        lambda: part_files.open_out(out, task.fingerprint, kind, len(task.head.ids), overwrite=overwrite, say=say),
-        lambda: None,
+        lambda: part_files.open_out(out, task.output, marks, kind, videos, overwrite=overwrite, say=say), lambda: None
     )
     complete, done = distributed.broadcast_object((found.complete, found.done) if found is not None else None)
     return found if found is not None else part_files.Found(complete=complete, parts=[], done=done)
@@ -218,20 +228,18 @@ def _gather_notes(result: Done) -> None:
     result.damage = sorted(line for _, _, lines in told for line in lines)[:NAMED]
 
 
-def _write_together(task: Task, out: Path, kind: np.dtype[Any], parts: list[np.ndarray], names: list[str]) -> None:
-    """Write the views file, on rank 0, from `parts` and the part files with the `names` of all ranks."""
+def _write_together(task: Task, out: Path, kind: np.dtype[Any], parts: list[part_files.Part], names: list[str]) -> None:
+    """Write the whole file, on rank 0, from `parts` and the part files with the `names` of all ranks."""
     written = itertools.chain.from_iterable(distributed.all_gather_objects(names))
-    meeting = Meeting()
+    path, meeting = out / task.output.name, Meeting()
     error: BaseException | None = None
     if distributed.is_main():
         try:
-            parts = [*parts, *(part_files.read_part(out, name) for name in written)]
-            head, chunks = part_files.joined(parts, task.head, kind)
-            write_views(out / NAME, head, chunks)
+            parts = [*parts, *(part_files.read_part(out, name, kind) for name in written)]
+            head, blocks = part_files.joined(parts, task.head, kind)
+            task.output.write(path, head, blocks)
         except OSError as caught:
-            error = UserError(
-                f"cannot write {out / NAME}: {caught.strerror}; the parts beside it are kept, start it again"
-            )
+            error = UserError(f"cannot write {path}: {caught.strerror}; the parts beside it are kept, start it again")
             error.__cause__ = caught
         except Exception as caught:
             error = caught

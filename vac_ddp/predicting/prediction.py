@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from vac_ddp.data.data_kind import kind_of
-from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.index import Index
-from vac_ddp.data.loader import Loader, views_loader, worker_count
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.models.weight_files import Source
-from vac_ddp.predicting.all_videos import Done, predict_views
+from vac_ddp.predicting.all_videos import Done
+from vac_ddp.predicting.execution import execute, locked, say_how
 from vac_ddp.predicting.inputs import lay_out, part_of, read_index
 from vac_ddp.predicting.outputs import check_submission, write_results
-from vac_ddp.predicting.task import Task, make_task
-from vac_ddp.report.terminal import start_bar
+from vac_ddp.predicting.task import make_task
 from vac_ddp.results import averaging
 from vac_ddp.results.logits_file import Views, read_views
 from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
-from vac_ddp.runtime.lock import RunLock
 from vac_ddp.runtime.monitor import PROCESS
-from vac_ddp.runtime.ranks import local_world_size, say
+from vac_ddp.runtime.ranks import say
 from vac_ddp.runtime.signals import StopRequest
-from vac_ddp.scoring.scorer import Scorer, open_scorer, prepare
+from vac_ddp.scoring.scorer import Scorer, open_scorer
 from vac_ddp.settings import Config
 from vac_ddp.text import listed
 
@@ -79,7 +71,7 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
         stop.install()
         PROCESS.watch(config.health.start_timeout_s)
         try:
-            done = score(request, task, scorer, index, out, stop=stop.wanted)
+            done = execute(config, task, scorer, index, out, overwrite=request.overwrite, stop=stop.wanted)
         finally:
             stop.restore()
         say_how(done, task)
@@ -132,93 +124,5 @@ def predict_here(
     index = read_index(root, config, request.source, out, labelled=kind == "labelled")
     scorer = opened()
     task = make_task(config, request.source, index, scorer.device)
-    done = score(request, task, scorer, index, out, stop=lambda: 0, quiet=quiet)
+    done = execute(config, task, scorer, index, out, overwrite=request.overwrite, quiet=quiet)
     return read_views(out), done, faults
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """OUT is this prediction's alone as long as it runs."""
-    lock = RunLock(out)
-
-    def take() -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {out}: {error.strerror}; give another folder with --out") from error
-        lock.take()
-
-    distributed.main_first(take, lambda: None)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def score(
-    request: Request,
-    task: Task,
-    scorer: Scorer,
-    index: Index,
-    out: Path,
-    *,
-    stop: Callable[[], int],
-    quiet: bool = False,
-) -> Done:
-    """Send all views of the videos of `index` through the model, and write OUT/views.npz; called by all ranks."""
-    config = request.config
-    prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
-    views, reduced = config.predict.views, config.data.reduced_decode
-    dataset = TestViews(index, np.arange(len(index)), config.clip, views, tolerant=True, reduced=reduced)
-    local_ranks = local_world_size()
-
-    def load(videos: list[int]) -> Loader:
-        return views_loader(
-            dataset,
-            videos,
-            videos_per_batch=1,
-            workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),
-            prefetch=config.data.prefetch,
-            pin=scorer.device.type == "cuda",
-        )
-
-    return predict_views(
-        task,
-        scorer,
-        load,
-        out,
-        save_every=config.predict.save_every,
-        overwrite=request.overwrite,
-        stop=stop,
-        progress=_bar() if distributed.is_main() and sys.stderr.isatty() and not quiet else lambda done, total: None,
-    )
-
-
-def _bar() -> Callable[[int, int], None]:
-    """Shows how many of rank 0's videos are done, on a line of a terminal that is gone at the end."""
-    bars: list[Any] = []
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            bars.append(start_bar("predicting", total, unit="videos"))
-        bars[0].update(done - bars[0].n)
-        if done >= total:
-            bars[0].close()
-
-    return show
-
-
-def say_how(done: Done, task: Task) -> None:
-    """How long it took, and what was damaged."""
-    if done.computed:
-        waited = 100 * done.waited / done.seconds
-        say(
-            f"{done.computed} videos x {len(task.head.views)} views in {done.seconds:.1f} s "
-            f"({done.computed / done.seconds:.1f} videos/s; rank 0 waited {waited:.0f} % of it for frames)"
-        )
-    if done.reused:
-        say(f"{done.reused} videos were there already")
-    for line in done.damage:
-        say(line)
-    if done.damaged_frames > len(done.damage):
-        say(f"{done.damaged_frames} damaged frames in all")

@@ -1,8 +1,9 @@
-"""What a prediction computes, and the fingerprint under which its finished parts count."""
+"""What is computed for the videos of a data set, and the fingerprint under which its finished parts count."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,25 +15,40 @@ from vac_ddp.models.precision import precision_of
 from vac_ddp.models.weight_files import Source
 from vac_ddp.predicting.fingerprint import fingerprint
 from vac_ddp.predicting.inputs import sources_by_name
-from vac_ddp.results.logits_file import ViewsHead, log_prior
+from vac_ddp.predicting.part_files import Output
+from vac_ddp.results.features_file import FeaturesHead
+from vac_ddp.results.logits_file import NAME, ViewsHead, log_prior, read_views, write_views
 from vac_ddp.runtime import distributed
 from vac_ddp.scoring.views import video_costs, view_table
 from vac_ddp.settings import Config
 from vac_ddp.version import VERSION
 
+VIEWS = Output(
+    name=NAME,
+    beside=("submission.csv", "scores.csv", "metrics.json", "per_class.csv", "confusion.csv"),
+    noun="prediction",
+    doing="predicting",
+    not_finite="its logits are not finite; try train.precision=fp32",
+    fingerprint=lambda path: read_views(path).about.get("fingerprint", {}),
+    write=lambda path, head, blocks: write_views(path, head, blocks["logits"]),
+)
+
 
 @dataclass(kw_only=True)
 class Task:
-    """What is predicted, the same on every rank: `head` but for its damage, the cost of each video, the class prior.
+    """What is computed, the same on every rank: the `head` of the file but for its damage, the cost of each video.
 
     fingerprint: what must be the same for finished parts to count, as short texts by name.
-    prior: (K,) float32, logarithm of the class prior, for videos of which nothing can be decoded.
+    arrays: takes what the model gave for the views of a video, (n, ...) float32, and gives the arrays to keep, by name.
+    missing: these arrays for a video of which nothing can be decoded; dtypes and shapes are those of all videos.
     """
 
-    head: ViewsHead
+    head: ViewsHead | FeaturesHead
     costs: np.ndarray
     fingerprint: dict[str, str]
-    prior: np.ndarray
+    arrays: Callable[[np.ndarray], dict[str, np.ndarray]]
+    missing: dict[str, np.ndarray]
+    output: Output
 
 
 def make_task(
@@ -40,7 +56,8 @@ def make_task(
 ) -> Task:
     """The task of predicting all videos of `index` with the weights of `source`.
 
-    sources: where each video was cut from; without them it is inferred from the names of labelled videos.
+    A video of which nothing can be decoded gets the logarithm of the class prior. sources: where each video was cut
+    from; without them it is inferred from the names of labelled videos.
     """
     views, classes, names = config.predict.views, list(source.classes or []), list(index.names)
     precision = precision_of(config, device)
@@ -59,26 +76,34 @@ def make_task(
         version=VERSION,
         frames=distributed.is_main(),
     )
-    return Task(
-        head=ViewsHead(
-            ids=names,
-            classes=classes,
-            views=view_table(views, window_count(views)),
-            labels=np.asarray(index.labels, np.int64),
-            sources=sources_by_name(config, index) if sources is None else sources,
-            damaged=np.zeros(len(names), np.int64),
-            failed=np.zeros(len(names), bool),
-            about={
-                "weights": source.sha256,
-                "settings": settings,
-                "average": config.predict.average,
-                "fingerprint": marks,
-                "versions": {"vac_ddp": VERSION, "torch": torch.__version__},
-            },
-        ),
-        costs=video_costs(
-            index.frame_counts, lambda n: view_windows(n, config.clip, views), views.crops * (2 if views.flip else 1)
-        ),
-        fingerprint=marks,
-        prior=log_prior(source.class_counts, len(classes)),
+    head = ViewsHead(
+        ids=names,
+        classes=classes,
+        views=view_table(views, window_count(views)),
+        labels=np.asarray(index.labels, np.int64),
+        sources=sources_by_name(config, index) if sources is None else sources,
+        damaged=np.zeros(len(names), np.int64),
+        failed=np.zeros(len(names), bool),
+        about={
+            "weights": source.sha256,
+            "settings": settings,
+            "average": config.predict.average,
+            "fingerprint": marks,
+            "versions": {"vac_ddp": VERSION, "torch": torch.__version__},
+        },
     )
+    return Task(
+        head=head,
+        costs=costs_of(config, index),
+        fingerprint=marks,
+        arrays=lambda logits: {"logits": logits},
+        missing={"logits": np.tile(log_prior(source.class_counts, len(classes)), (len(head.views), 1))},
+        output=VIEWS,
+    )
+
+
+def costs_of(config: Config, index: Index) -> np.ndarray:
+    """Relative cost of the views of each video, (V,) int64."""
+    views = config.predict.views
+    per_window = views.crops * (2 if views.flip else 1)
+    return video_costs(index.frame_counts, lambda n: view_windows(n, config.clip, views), per_window)

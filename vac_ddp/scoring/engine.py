@@ -22,12 +22,12 @@ _Rows = TypeVar("_Rows", Tensor, np.ndarray)
 class Scored:
     """One video: its place in the data set, its number, and what the model gave for each of its n views.
 
-    logits: (n, K) float32, or (n, ...) for another model; None where nothing could be decoded.
+    outputs: (n, ...) float32, as logits (n, K) or features (n, T', D); None where nothing could be decoded.
     """
 
     place: int
     video: int
-    logits: np.ndarray | None
+    outputs: np.ndarray | None
 
 
 def scored_videos(scorer: Scorer, batches: Iterable[TestBatch]) -> Iterator[Scored]:
@@ -64,12 +64,12 @@ class _Waiting:
 def _ready(waiting: deque[_Waiting], stream: _Stream) -> Iterator[Scored]:
     while waiting and stream.available >= waiting[0].clips:
         video = waiting.popleft()
-        logits = None
+        outputs = None
         if video.clips:
             rows = stream.take(video.clips)
             rows = rows if video.clip_of_view is None else rows[video.clip_of_view.numpy()]
-            logits = rows.reshape(-1, *rows.shape[2:])
-        yield Scored(place=video.place, video=video.video, logits=logits)
+            outputs = rows.reshape(-1, *rows.shape[2:])
+        yield Scored(place=video.place, video=video.video, outputs=outputs)
 
 
 class _Stream:

@@ -88,9 +88,9 @@ class Validator:
         places, rows = [], [np.zeros((0, len(self.data.classes)), np.float32)]
         try:
             for video in scored_videos(scorer, self._batches(stop)):
-                assert video.logits is not None, "validation refuses videos that cannot be decoded"
+                assert video.outputs is not None, "validation refuses videos that cannot be decoded"
                 places.append(video.place)
-                rows.append(video.logits.mean(axis=0, keepdims=True))
+                rows.append(video.outputs.mean(axis=0, keepdims=True))
         finally:
             scorer.model.train(was_training)
         if self._stopped:
