@@ -129,6 +129,25 @@ def test_steps_of_frames_equal_timm(backbone, grid):
         assert model(x).shape == (2, 5)
 
 
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "test_vit2", "test_convnext"])
+def test_a_grid_leaves_no_trained_parameter_without_gradient(backbone):
+    """These have layers above the map, which pooled features would pass."""
+    settings = probe_settings("frame_vit", backbone=backbone, spatial_grid=2)
+    loaded = load_model(settings, ClipSettings(frames=1, size=64), CLASSES, seed=0)
+    loaded.model(clips(1, 64)).sum().backward()
+    idle = [n for n, p in loaded.model.named_parameters() if (p.grad is None) == p.requires_grad]
+    assert idle == []
+    assert any("not used by the feature map" in note for note in loaded.report.notes)
+
+
+def test_a_grid_finer_than_the_map_is_refused():
+    settings = probe_settings("frame_vit", backbone="test_resnet", spatial_grid=3)
+    with pytest.raises(UserError, match=r"model\.spatial_grid=3: the encoder's map is 2 x 2"):
+        build_model(settings, ClipSettings(frames=1, size=64), 3)
+    with pytest.raises(UserError, match=r"model\.spatial_grid=16: the encoder's map is 4 x 4"):
+        build_model(probe_settings("videomae", spatial_grid=16), CLIP, 3)
+
+
 def test_steps_of_lsvit_average_to_its_logits():
     model = random_values(build_model(ModelSettings(name="lsvit", weights=None, **SIZES), CLIP, 5, seed=1))
     with torch.no_grad():

@@ -30,11 +30,8 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
             return _load_own(own, settings, clip, classes, seed=seed)
         return _build_other(settings, clip, len(classes), seed=seed)
     if own is not None:
-        loaded = videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
-        loaded.model.spatial_grid = settings.spatial_grid
-        return loaded
+        return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
     model = build_model(settings, clip, len(classes), seed=seed)
-    model.spatial_grid = settings.spatial_grid
     report = LoadReport(source="none", missing=list(model.state_dict()))
     report.set_normalization(settings, report.mean, report.std, report.normalisation)
     report.pooling, report.head = "mean of the tokens", f"drawn for {len(classes)} classes"
@@ -61,7 +58,7 @@ def rebuild_model(
         return _build_other(bare, clip, len(classes), seed=seed, saved=architecture, stored=stored)
     arch = videomae_weights.with_positions(videomae.architecture_from(architecture), clip)
     model = videomae.empty_model(arch, len(classes), drop_path=settings.drop_path, head_dropout=settings.head_dropout)
-    model.spatial_grid = settings.spatial_grid
+    model.set_grid(settings.spatial_grid)
     return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std))
 
 
@@ -71,6 +68,7 @@ def build_model(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
         return _build_other(dataclasses.replace(settings, weights=None), clip, num_classes, seed=seed).model
     arch = architecture_of(settings, clip)
     model = videomae.empty_model(arch, num_classes, drop_path=settings.drop_path, head_dropout=settings.head_dropout)
+    model.set_grid(settings.spatial_grid)
     videomae.init_weights(model, generator(seed), head_scale=settings.head_init_scale)
     return model
 

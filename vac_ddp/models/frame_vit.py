@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.feature_map import pool_frames
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.pooling import make_pool
 from vac_ddp.models.timm_backbone import (
@@ -18,7 +19,6 @@ from vac_ddp.models.timm_backbone import (
     encode_tokens,
     finish,
     is_plain_vit,
-    pool_frames,
     seeded,
 )
 from vac_ddp.models.video_model import keep_factors

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.feature_map import pool_frames
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.timm_backbone import (
     FrameModel,
@@ -22,7 +23,6 @@ from vac_ddp.models.timm_backbone import (
     encode_tokens,
     finish,
     is_plain_vit,
-    pool_frames,
     seeded,
 )
 from vac_ddp.models.video_model import keep_factors

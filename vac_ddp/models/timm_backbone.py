@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
 from vac_ddp.models.efficientnet_names import is_efficientnet_pytorch, to_timm
+from vac_ddp.models.feature_map import freeze_above_map
 from vac_ddp.models.load_report import Loaded, LoadReport
-from vac_ddp.models.video_model import VideoModel, add_branch, classify, drop_rates, new_head, region_means, run_blocks
+from vac_ddp.models.video_model import VideoModel, add_branch, classify, drop_rates, new_head, run_blocks
 from vac_ddp.models.weight_files import Source
 from vac_ddp.schema import fault
 from vac_ddp.settings import ModelSettings
@@ -84,6 +85,9 @@ def create_backbone(settings: ModelSettings, *, size: int) -> tuple[Any, LoadRep
         cfg = _configuration(source, cfg, name)
         report = load_tensors(model, source)
     report.notes += quiet
+    if settings.spatial_grid > 1:
+        frozen = freeze_above_map(model, size=size, grid=settings.spatial_grid)
+        report.notes += [f"not used by the feature map, and frozen: {listed(frozen, 4)}"] if frozen else []
     report.mean, report.std = tuple(settings.mean or cfg["mean"]), tuple(settings.std or cfg["std"])
     report.normalisation = "as set" if settings.mean or settings.std else "timm's for these weights"
     if is_plain_vit(model):
@@ -249,21 +253,6 @@ def encode_tokens(
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(frames))))
     x = run_blocks(vit.blocks, x, keep=keep, checkpointing=checkpointing, after_block=after_block)
     return vit.norm(x)
-
-
-def feature_map(backbone: Any, features: Tensor) -> Tensor:
-    """The map (N, H, W, C) in what a timm model's `forward_features` gives: a map, or tokens without a map's shape."""
-    if features.ndim == 4:
-        return features if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features.movedim(1, -1)
-    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    return patches.unflatten(1, backbone.patch_embed.grid_size)
-
-
-def pool_frames(backbone: Any, features: Tensor, grid: int) -> Tensor:
-    """Features (N, D) of what `forward_features` gives: as timm's head pools it, or means of grid x grid regions."""
-    if grid == 1:
-        return backbone.forward_head(features, pre_logits=True)
-    return region_means(feature_map(backbone, features), grid)
 
 
 class FrameModel(VideoModel):

@@ -85,6 +85,12 @@ class VideoModel(nn.Module, ABC):
             module.compile(fullgraph=True)
 
 
+def check_grid(grid: int, height: int, width: int) -> None:
+    """Raise UserError for more regions a side than a map of height x width places has."""
+    if grid > min(height, width):
+        raise UserError(f"model.spatial_grid={grid}: the encoder's map is {height} x {width}; give no more than that")
+
+
 def region_means(maps: Tensor, grid: int) -> Tensor:
     """Means (N, grid * grid * C) float32 of maps (N, H, W, C) over grid x grid regions, row by row.
 
@@ -94,9 +100,7 @@ def region_means(maps: Tensor, grid: int) -> Tensor:
         maps = maps.float()
         if grid == 1:
             return maps.mean((1, 2))
-        if grid > min(maps.shape[1:3]):
-            size = f"{maps.shape[1]} x {maps.shape[2]}"
-            raise UserError(f"model.spatial_grid={grid}: the encoder's map is {size}; give no more than that")
+        check_grid(grid, maps.shape[1], maps.shape[2])
         return F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).flatten(1)
 
 

@@ -22,6 +22,7 @@ from vac_ddp.errors import UserError
 from vac_ddp.models.video_model import (
     VideoModel,
     add_branch,
+    check_grid,
     classify,
     drop_rates,
     full_precision,
@@ -152,6 +153,11 @@ class VideoMAE(VideoModel):
         with full_precision(tokens.device):
             maps = self.fc_norm(tokens.float()).unflatten(1, self.arch.grids[-1])
         return region_means(maps.flatten(0, 1), self.spatial_grid).unflatten(0, maps.shape[:2])
+
+    def set_grid(self, grid: int) -> None:
+        """Set `spatial_grid`; UserError where it is finer than the tokens."""
+        check_grid(grid, *self.arch.grids[-1][1:])
+        self.spatial_grid = grid
 
     @property
     def step_shape(self) -> tuple[int, int]:

@@ -57,6 +57,7 @@ def load_videomae(
         state = _zero_biases(state, arch)
 
     model = videomae.empty_model(arch, len(classes), drop_path=settings.drop_path, head_dropout=settings.head_dropout)
+    model.set_grid(settings.spatial_grid)
     ours = model.state_dict()
     drawn = model.head_names() if rows is None else set()
     found, lacking, used = tensor_names.from_source(state, ours.keys() - drawn, layout, pooling=arch.pooling)
