@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from vac_ddp.errors import UserError
 from vac_ddp.models import tensor_names, videomae
 from vac_ddp.models.load_report import Loaded, LoadReport, generator, some
+from vac_ddp.models.processor import normalization_of, size_notes
 from vac_ddp.models.video_model import init_head
 from vac_ddp.models.videomae import Architecture, VideoMAE
-from vac_ddp.models.weight_files import Source, normalization_of, video_processor
+from vac_ddp.models.weight_files import Source
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 # width, depth, heads, MLP width, patch of the published models (V1 appendix; giant: V2)
@@ -392,8 +393,4 @@ def _set_normalization(source: Source, settings: ModelSettings, clip: ClipSettin
     if source.architecture is not None:
         mean, std, origin = source.architecture.get("mean"), source.architecture.get("std"), "of the run"
     report.set_normalization(settings, mean, std, origin)
-    said = video_processor(source)
-    size = said.get("crop_size") or said.get("size") or {}
-    trained = size.get("shortest_edge") or size.get("height") if isinstance(size, dict) else size
-    if isinstance(trained, int) and trained != clip.size:
-        report.notes.append(f"the source's pre-processing makes {trained} pixels, clips here have {clip.size}")
+    report.notes += size_notes(source, clip)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.models.torch_file import REMEDY, check_tensors, first_line, read_torch, refuse_pointer
-from vac_ddp.schema import Count, FileName, Finite, Within, check, fault, mismatch, read_json, shown
+from vac_ddp.schema import Count, FileName, Finite, Within, check, mismatch, read_json, shown
 from vac_ddp.text import printable
 
 _PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -117,8 +117,13 @@ class HubConfig(TypedDict):
 class Processor(TypedDict):
     """What is read of a preprocessor_config.json, and of the parts that processor_config.json has."""
 
-    image_mean: NotRequired[Any]  # see `normalization_of`
+    image_mean: NotRequired[Any]  # see `processor.normalization_of`
     image_std: NotRequired[Any]
+    do_normalize: NotRequired[bool | None]
+    do_rescale: NotRequired[bool | None]
+    rescale_factor: NotRequired[Annotated[float, Within(low=1e-6, high=1e6)] | None]
+    offset: NotRequired[bool | None]
+    do_center_crop: NotRequired[bool | None]
     size: NotRequired[int | dict[str, Any] | None]
     crop_size: NotRequired[int | dict[str, Any] | None]
     video_processor: NotRequired[Processor]
@@ -292,28 +297,6 @@ def _read_object(path: Path, kind: Any) -> Any:
         return read_json(path, kind, remedy=REMEDY)
     except FileNotFoundError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def video_processor(source: Source) -> dict[str, Any]:
-    """The part of the pre-processing beside the weights that is for videos or images."""
-    said = source.processor or {}
-    return said.get("video_processor") or said.get("image_processor") or said
-
-
-def normalization_of(source: Source | None) -> tuple[Any, Any]:
-    """(mean, std) of the pre-processing beside the weights, None twice where it does not say both.
-
-    UserError where they are not three numbers each.
-    """
-    said = video_processor(source) if source is not None else {}
-    mean, std = said.get("image_mean"), said.get("image_std")
-    if source is None or mean is None or std is None:
-        return None, None
-    for values, kind in ((mean, Three), (std, Deviations)):
-        if problem := fault(values, kind):
-            raise UserError(f"{source.path}: mean/std {mean} / {std} are not three numbers each ({problem}): "
-                            "correct the preprocessor's JSON beside it")  # fmt: skip
-    return tuple(mean), tuple(std)
 
 
 def _from_hub(hub_id: str, revision: str | None) -> Source:
