@@ -9,15 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_hf_adapter import CLIP, tiny
+from tests.test_hf_adapter import CLIP, KINDS, tiny
 from vac_ddp.data.frames import resize_crop, view_boxes
 from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
+from vac_ddp.models.build import load_model, rebuild_model
 from vac_ddp.models.hf_adapter import build_hf
+from vac_ddp.models.load_report import file_state, load_file_state
 from vac_ddp.models.processor import normalization_of, size_notes
 from vac_ddp.settings import ClipSettings, ModelSettings
 
+CLASSES = ["a", "b", "c"]
 PLAIN = {"do_resize": False, "do_center_crop": False}
 PROCESSORS = {
     "timesformer": ("TimesformerVideoProcessor", {"image_mean": [0.45] * 3, "image_std": [0.225] * 3}),
@@ -127,3 +130,63 @@ def test_frames_resized_and_cropped_as_by_the_processor(kind, short):
 
     assert difference(short) < 2.5  # crops begin at whole pixels, here before the resampling, there after it
     assert difference(68 - short) > 2 * difference(short)
+
+
+def load(folder, **changes):
+    return load_model(ModelSettings(weights=str(folder), **{"name": "hf", **changes}), CLIP, CLASSES, seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_means_of_the_last_hidden_state(tmp_path, kind):
+    net = tiny(kind).eval()
+    net.save_pretrained(tmp_path)
+    model = load(tmp_path).model.eval()
+    clips = torch.randn(2, 4, 3, 16, 16)
+    steps = model.steps(clips)
+    assert steps.shape[1:] == model.step_shape == ((2 if kind in ("vivit", "vjepa2") else 4), 24)
+    base = getattr(net, net.base_model_prefix)
+    tokens = base(**{net.main_input_name: clips}).last_hidden_state
+    patches = tokens[:, -steps.shape[1] * 4 :]  # 2 x 2 patches a step, after the class token where there is one
+    torch.testing.assert_close(steps.mean(1), patches.mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_regions_of_steps_are_where_their_pixels_are(tmp_path, kind):
+    tiny(kind).save_pretrained(tmp_path)
+    model = load(tmp_path, spatial_grid=2).model
+    for name, parameter in model.named_parameters():  # no token reads another one
+        if name.endswith(("attention.o_proj.weight", "attention.proj.weight", "attention.output.dense.weight")):
+            parameter.data.zero_()
+    clips = torch.randn(1, 4, 3, 16, 16, requires_grad=True)
+    count, width = model.step_shape
+    assert width == 4 * 24
+    weights, frames = torch.randn(24), 4 // count
+    for step in range(count):
+        for region in range(4):
+            features = model.steps(clips)[0, step, 24 * region : 24 * (region + 1)]
+            (gradient,) = torch.autograd.grad((features * weights).sum(), clips)
+            where = torch.zeros(4, 2, 2, dtype=torch.bool)
+            where[frames * step : frames * (step + 1), region // 2, region % 2] = True
+            found = gradient[0].abs().amax(1).unflatten(1, (2, 8)).unflatten(3, (2, 8)).amax((2, 4)) > 0
+            assert torch.equal(found, where)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probe_on_an_encoder_of_transformers(tmp_path, kind):
+    tiny(kind).save_pretrained(tmp_path)
+    whole = load(tmp_path).model
+    loaded = load(tmp_path, name="probe", encoder="hf", pooling="statistics", drop_path=0.3)
+    probe = loaded.model.train()
+    clips, noise = torch.randn(2, 4, 3, 16, 16), torch.rand(2, probe.noise_size)
+    torch.testing.assert_close(probe.steps(clips), whole.steps(clips), rtol=0, atol=0)
+    probe(clips, noise).square().sum().backward()
+    for name, parameter in probe.named_parameters():
+        assert parameter.grad is not None, name
+        assert not any(part in name for part in ("predictor", "pooler", "net.head", "classifier")), name
+        assert 0 <= probe.depth_of(name) < probe.num_depths
+    assert [name for name in loaded.report.missing if name.startswith("encoder.")] == []
+    settings = ModelSettings(name="probe", encoder="hf", pooling="statistics", weights="gone")
+    architecture = json.loads(json.dumps(loaded.architecture))
+    again = rebuild_model(settings, CLIP, CLASSES, architecture, seed=1).model
+    load_file_state(again, file_state(probe))
+    assert torch.equal(again.eval()(clips), probe.eval()(clips))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,11 +29,11 @@ from vac_ddp.models.hf_config import (
     unused_parameters,
     zero_rates,
 )
-from vac_ddp.models.hf_families import FAMILIES
+from vac_ddp.models.hf_families import FAMILIES, time_steps
 from vac_ddp.models.load_report import Loaded, LoadReport, some
 from vac_ddp.models.processor import normalization_of, size_notes
 from vac_ddp.models.timm_backbone import seeded, silence
-from vac_ddp.models.video_model import VideoModel, keep_factors, new_head
+from vac_ddp.models.video_model import VideoModel, keep_factors, new_head, region_means
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 
@@ -66,8 +67,11 @@ class HFClassifier(VideoModel):
     net: Any  # of transformers
     rates: Tensor
 
-    def __init__(self, net: Any, *, frames: int, unused: Sequence[str] = (), drop_path: float = 0.0) -> None:
+    def __init__(
+        self, net: Any, *, frames: int, unused: Sequence[str] = (), drop_path: float = 0.0, spatial_grid: int = 1
+    ) -> None:
         super().__init__()
+        self.spatial_grid = spatial_grid
         self.net = net
         self.family = FAMILIES[net.config.model_type]
         self.frames = frames
@@ -99,16 +103,26 @@ class HFClassifier(VideoModel):
 
     def steps(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
         """Features (B, T', D) float32 of each time step: the last hidden state, averaged over space."""
-        raise UserError("model.name=hf gives no features of time steps yet: give another model.name or model.encoder")
+        self._set_masks(noise)
+        tokens = self.net.get_submodule(self.family.encoder)(clips).last_hidden_state
+        patches = self.family.by_time(tokens, self.step_shape[0])
+        side = math.isqrt(patches.shape[2])
+        maps = patches.flatten(0, 1).unflatten(1, (side, side))
+        return region_means(maps, self.spatial_grid).unflatten(0, patches.shape[:2])
 
     @property
     def step_shape(self) -> tuple[int, int]:
-        """(T', D) of `steps`."""
-        raise UserError("model.name=hf gives no features of time steps yet: give another model.name or model.encoder")
+        """(T', D) of `steps`: a step is a tubelet, or a frame where there are none."""
+        config = self.net.config
+        return time_steps(config, self.frames), self.spatial_grid**2 * config.hidden_size
 
     def keep_encoder(self) -> None:
-        """Remove the classifier."""
-        raise UserError("model.name=hf gives no features of time steps yet: give another model.name or model.encoder")
+        """Remove pooler and classifier, and V-JEPA 2's predictor."""
+        for name in self.family.above:
+            path, _, last = name.rpartition(".")
+            delattr(self.net.get_submodule(path), last)
+        self.unused = []
+        self._depths, self.num_depths = self._find_depths()
 
     def layers(self) -> list[nn.Module]:
         """The numbered layers that layer decay counts, from below."""
@@ -183,7 +197,9 @@ def build_hf(
     backbone, a config of which no model can be built, or one far larger than its file, clips of another length or size.
     """
     if settings.head_dropout > 0:
-        raise UserError(f"model.head_dropout={settings.head_dropout}: model.name=hf has no dropout before the classifier; give 0")
+        raise UserError(
+            f"model.head_dropout={settings.head_dropout}: model.name=hf has no dropout before the classifier; give 0"
+        )
     source = _open(settings) if architecture is None else None
     if source is not None:
         stored = sum(tensor.numel() for tensor in source.state.values())
@@ -208,7 +224,9 @@ def build_hf(
     whose = "source" if source is not None and source.processor else "class"
     report.set_normalization(settings, *normalization_of(source), f"of the {whose}'s pre-processing")
     report.notes += size_notes(source, clip) if source is not None else []
-    model = HFClassifier(net, frames=clip.frames, unused=unused, drop_path=settings.drop_path)
+    model = HFClassifier(
+        net, frames=clip.frames, unused=unused, drop_path=settings.drop_path, spatial_grid=settings.spatial_grid
+    )
     return Loaded(model=model, report=report)
 
 

@@ -17,14 +17,15 @@ from vac_ddp.models.load_report import some
 class Family:
     """Names of modules in the classes of one config type, as in `named_modules()`.
 
-    embeddings: what comes before the layers. stacks: lists of numbered layers, from below. between: what comes
-    after the first stack and before the second. top: final norm, pooler, classifier. unused: not read when
-    classifying. above: those of `top` and `unused` that the last hidden state does not need. branches: the last
-    linear layers of a layer's residual branches. Modules that a version of transformers does not have are left out.
+    encoder: gives the last hidden state. embeddings: what comes before the layers. stacks: lists of numbered layers,
+    from below. between: what comes after the first stack and before the second. top: final norm, pooler, classifier.
+    unused: not read when classifying. above: those of `top` and `unused` that `encoder` does not need. branches: the
+    last linear layers of a layer's residual branches. What a version of transformers does not have is left out.
     class_tokens: tokens before those of patches. time_last: whether a patch's tokens of all times are neighbours, else
     a time's tokens of all patches are.
     """
 
+    encoder: str
     embeddings: tuple[str, ...]
     stacks: tuple[str, ...]
     between: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Family:
 # transformers 5.0 to 5.24; where names changed, the older ones follow.
 FAMILIES = {
     "timesformer": Family(
+        encoder="timesformer",
         embeddings=("timesformer.embeddings",),
         stacks=("timesformer.encoder.layer",),
         top=("timesformer.layernorm", "classifier"),
@@ -90,6 +92,7 @@ FAMILIES = {
         time_last=True,
     ),
     "vivit": Family(
+        encoder="vivit",
         embeddings=("vivit.embeddings",),
         stacks=("vivit.layers", "vivit.encoder.layer"),
         top=("vivit.layernorm", "classifier"),
@@ -98,6 +101,7 @@ FAMILIES = {
         class_tokens=1,
     ),
     "vjepa2": Family(
+        encoder="vjepa2.encoder",
         embeddings=("vjepa2.encoder.embeddings",),
         stacks=("vjepa2.encoder.layer",),
         top=("vjepa2.encoder.layernorm", "pooler", "classifier"),
@@ -106,6 +110,7 @@ FAMILIES = {
         branches=("attention.proj", "mlp.fc2"),
     ),
     "videoprism_vision_model": Family(
+        encoder="vision_model",
         embeddings=("vision_model.spatial_embeddings",),
         stacks=("vision_model.spatial_layers", "vision_model.temporal_layers"),
         between=("vision_model.layernorm1", "vision_model.temporal_embeddings"),
