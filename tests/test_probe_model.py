@@ -215,6 +215,49 @@ def test_an_encoder_of_another_run(tmp_path):
         load_model(ModelSettings(name="probe", weights=str(tmp_path)), CLIP, CLASSES, seed=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("width", 1 << 20, "width 1048576 and depth 2 are not of a file with"),
+        ("grids", [[4096, 4096, 4096]], "no encoder has 68719476736 tokens"),
+        ("heads", 3, "3 heads and width 32"),
+        ("width", None, "architecture.encoder.width: expected a whole number"),
+        ("mlp", "", "architecture.encoder.mlp: expected a whole number"),
+        ("unknown", 1, ""),
+    ],
+)
+def test_a_file_whose_sizes_are_not_of_its_tensors_is_refused(name, value, words, tmp_path):
+    settings = probe_settings()
+    loaded = load_model(settings, CLIP, CLASSES, seed=1)
+    architecture = loaded.architecture
+    architecture["encoder"][name] = value
+    config = {"model": {"name": "probe", "encoder": "videomae"}}
+    content = {"model": file_state(loaded.model), "classes": CLASSES, "config": config, "architecture": architecture}
+    torch.save(content, tmp_path / "best_probe.pt")
+    wanted = ModelSettings(name="probe", weights=str(tmp_path))
+    if words:
+        with pytest.raises(UserError, match=words):
+            load_model(wanted, CLIP, CLASSES, seed=1)
+    else:
+        load_model(wanted, CLIP, CLASSES, seed=1)
+
+
+def test_the_norm_behind_a_pretrained_encoder_is_used_for_features(tmp_path):
+    """As Hugging Face's VideoMAEModel gives them; fine-tuning of `videomae` has a new norm there."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = VideoMAEConfig(**sizes, patch_size=8, image_size=32, num_frames=4, use_mean_pooling=False)
+    twin = random_values(VideoMAEModel(config))
+    twin.save_pretrained(tmp_path / "hub")
+    wanted = ModelSettings(name="probe", encoder="videomae", weights=str(tmp_path / "hub"))
+    loaded = load_model(wanted, CLIP, CLASSES, seed=1)
+    with torch.no_grad():
+        expected = twin(clips()).last_hidden_state.view(2, 2, 16, 32).mean(2)
+        torch.testing.assert_close(loaded.model.eval().steps(clips()), expected, rtol=1e-4, atol=1e-5)
+    assert loaded.report.unused == [] and loaded.report.missing == ["head.weight", "head.bias"]
+
+
 # ---------------------------------------------------------------- real weights
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import videomae, videomae_weights, weight_files
-from vac_ddp.models.load_report import Loaded, LoadReport, generator, some
+from vac_ddp.models.load_report import Loaded, LoadReport, generator, match_classes, some
 from vac_ddp.models.probe import make_probe
+from vac_ddp.models.torch_file import REMEDY as _REMEDY
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 
-def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int) -> Loaded:
+def load_model(
+    settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int, for_features: bool = False
+) -> Loaded:
     """Build the model that the settings name and give it its weights; `settings.weights=None` draws them from `seed`.
 
-    Checkpoints of ours come back bit for bit, with the classifier where the classes are the same.
+    Checkpoints of ours come back bit for bit, with the classifier where the classes are the same. for_features: see
+    `load_videomae`.
     Raises UserError when weights cannot be had, lack a part of the backbone, or do not fit.
     """
     if settings.name == "probe":
@@ -30,7 +35,7 @@ def load_model(settings: ModelSettings, clip: ClipSettings, classes: list[str], 
             return _load_own(own, settings, clip, classes, seed=seed)
         return _build_other(settings, clip, len(classes), seed=seed)
     if own is not None:
-        return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed)
+        return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed, for_features=for_features)
     model = build_model(settings, clip, len(classes), seed=seed)
     report = LoadReport(source="none", missing=list(model.state_dict()))
     report.set_normalization(settings, report.mean, report.std, report.normalisation)
@@ -56,7 +61,10 @@ def rebuild_model(
     if settings.name != "videomae":
         bare = dataclasses.replace(settings, weights=None, mean=mean, std=std)
         return _build_other(bare, clip, len(classes), seed=seed, saved=architecture, stored=stored)
-    arch = videomae_weights.with_positions(videomae.architecture_from(architecture), clip)
+    try:
+        arch = videomae_weights.with_positions(videomae.architecture_from(architecture), clip)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's architecture entry is damaged ({error}); {_REMEDY}") from None
     model = videomae.empty_model(arch, len(classes), drop_path=settings.drop_path, head_dropout=settings.head_dropout)
     model.set_grid(settings.spatial_grid)
     return Loaded(model=model, report=LoadReport(source="checkpoint", mean=mean, std=std))
@@ -114,10 +122,11 @@ def _build_other(
     """
     if settings.name == "probe":
         names = [str(i) for i in range(num_classes)]
-        if saved is None:
-            encoder = load_model(_encoder_of(settings), clip, names, seed=seed)
+        inside = (saved or {}).get("encoder")
+        if inside is None:
+            encoder = load_model(_encoder_of(settings), clip, names, seed=seed, for_features=True)
         else:
-            whole = {**saved["encoder"], "mean": settings.mean, "std": settings.std}
+            whole = {**inside, "mean": settings.mean, "std": settings.std}
             encoder = rebuild_model(_encoder_of(settings), clip, names, whole, seed=seed, stored=stored)
         positions = (saved or {}).get("positions", True)
         return make_probe(encoder, settings, num_classes, seed=seed, positions=positions)
@@ -163,6 +172,8 @@ def _refuse_other_model(source: weight_files.Source, settings: ModelSettings) ->
         raise UserError(f"{source.path} holds a model of the kind {saved}: set model.name={saved}")
 
 
+_ANY_FILE = 1 << 24  # parameters that a model of a file of any size may have
+
 # What a checkpoint's config says of its architecture; the rest (drop path, dropout...) is the new run's to choose.
 _OF_ARCHITECTURE = (
     "encoder",
@@ -192,17 +203,34 @@ def _load_own(
     mean, std = facts.get("mean") or saved.get("mean"), facts.get("std") or saved.get("std")
     settings = dataclasses.replace(settings, **same, weights=None, mean=settings.mean or mean, std=settings.std or std)
     stored = sum(tensor.numel() for tensor in source.state.values())
+    _refuse_larger(source, stored)
     loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture, stored=stored)
     report = put_own(loaded.model, source, classes)
     report.mean, report.std, report.normalisation = loaded.mean, loaded.std, "of the run"
     return Loaded(model=loaded.model, report=report)
 
 
+def _refuse_larger(source: weight_files.Source, stored: int) -> None:
+    """A UserError where a checkpoint's sizes are of a model far larger than its `stored` parameters, or of none."""
+    encoder = (source.architecture or {}).get("encoder") or {}
+    for sizes in ((source.config or {}).get("model", {}), encoder):
+        width, depth, heads = (sizes.get(name) or 0 for name in ("width", "depth", "heads"))
+        mlp = sizes.get("mlp") or width * (sizes.get("mlp_ratio") or 4)
+        patch = 3 * (sizes.get("tubelet") or 1) * (sizes.get("patch") or 16) ** 2
+        if width * (depth * (4 * width + 2 * mlp) + patch) > 2 * stored + _ANY_FILE:
+            raise UserError(
+                f"{source.path}: width {width} and depth {depth} are not of a file with {stored} parameters; {_REMEDY}"
+            )
+    tokens = max(map(math.prod, encoder.get("grids") or [[0]]))
+    if tokens > videomae_weights.MOST_TOKENS or (heads and width % heads):
+        raise UserError(f"{source.path}: no encoder has {tokens} tokens, {heads} heads and width {width}; {_REMEDY}")
+
+
 def put_own(model: VideoModel, source: weight_files.Source, classes: list[str]) -> LoadReport:
     """Put a checkpoint's tensors into a freshly built model, bit for bit, and say what became of the classifier."""
     report = LoadReport(source=source.asked, kind=source.kind, file=str(source.path), sha256=source.sha256)
     ours, head = model.state_dict(), model.head_names()
-    rows = videomae_weights.match_classes(source.classes, len(source.classes or []), classes, report)
+    rows = match_classes(source.classes, len(source.classes or []), classes, report)
     kept = {name: tensor for name, tensor in source.state.items() if rows is not None or name not in head}
     if rows is not None:
         kept |= {name: kept[name][rows] for name in head & kept.keys()}

@@ -109,6 +109,29 @@ class Loaded:
         return {**self.model.architecture(), "mean": list(self.mean), "std": list(self.std)}
 
 
+def match_classes(labels: list[str] | None, count: int, classes: list[str], report: LoadReport) -> list[int] | None:
+    """Which row of a classifier of `count` classes (their names, if known) is which of ours; None: none of them."""
+    if labels is None:
+        if count != len(classes):
+            report.head = f"drawn for {len(classes)} classes: the source's has {count}"
+            return None
+        report.head = f"kept, {count} classes; the source does not name them, so their order is taken to be ours"
+        return list(range(count))
+    ours, theirs = list(classes), list(labels)
+    if set(ours) != set(theirs):
+        ours, theirs = [_plain(c) for c in classes], [_plain(c) for c in labels]
+    if len(set(theirs)) != len(theirs) or set(ours) != set(theirs):
+        same = len(set(ours) & set(theirs))
+        report.head = f"drawn for {len(classes)} classes: the source's {count} are others ({same} in common)"
+        return None
+    report.head = f"kept, {count} classes" + ("" if ours == theirs else ", rows put into our order")
+    return [theirs.index(c) for c in ours]
+
+
+def _plain(label: str) -> str:
+    return label.strip().lower().replace("_", " ")
+
+
 def file_state(model: VideoModel) -> dict[str, Tensor]:
     """The state under the names that go to best_<model>.pt, on the CPU, sharing no memory with the model.
 

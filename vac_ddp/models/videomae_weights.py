@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import tensor_names, videomae
-from vac_ddp.models.load_report import Loaded, LoadReport, generator, some
+from vac_ddp.models.load_report import Loaded, LoadReport, generator, match_classes, some
 from vac_ddp.models.processor import normalization_of, size_notes
 from vac_ddp.models.video_model import init_head
 from vac_ddp.models.videomae import Architecture, VideoMAE
@@ -37,13 +37,20 @@ _TABLES = re.compile(r"(^|\.)(pos_embed|position_embeddings)$")
 
 
 def load_videomae(
-    source: Source, settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int
+    source: Source,
+    settings: ModelSettings,
+    clip: ClipSettings,
+    classes: list[str],
+    *,
+    seed: int,
+    for_features: bool = False,
 ) -> Loaded:
     """Build the encoder that the source's tensors describe, put them in, and say what became of every one of them.
 
     The classifier and its norm are drawn from `seed` where the source has none for these classes. Everything else
     has to come from the source: a tensor of the backbone that is missing, of another shape, not finite, or without
-    a place here is a UserError that names it.
+    a place here is a UserError that names it. for_features: a norm behind the pre-trained encoder is kept, which
+    fine-tuning replaces by a new one.
     """
     state = tensor_names.clean(source.state)
     layout = _layout(source, state)
@@ -51,7 +58,8 @@ def load_videomae(
     report.notes += [f"entry {name} is no tensor and was left out" for name in source.other]
     arch = _architecture(source, state, layout, settings, report)
     rows = _head_rows(source, state, layout, classes, report)
-    arch = _pooling(arch, state, layout, kept_head=rows is not None, report=report)
+    normed = for_features and f"{tensor_names.FIRST_TOKEN_NORM[layout]}.weight" in state
+    arch = _pooling(arch, state, layout, kept_head=normed or rows is not None, report=report)
     arch = with_positions(arch, clip)
     report.positions = "sine-cosine over " + ", interpolated to ".join("x".join(map(str, g)) for g in arch.grids)
     if _no_qv_biases(source):
@@ -257,25 +265,6 @@ def _head_rows(
     return match_classes(_labels(source, len(state[name])), len(state[name]), classes, report)
 
 
-def match_classes(labels: list[str] | None, count: int, classes: list[str], report: LoadReport) -> list[int] | None:
-    """Which row of a classifier of `count` classes (their names, if known) is which of ours; None: none of them."""
-    if labels is None:
-        if count != len(classes):
-            report.head = f"drawn for {len(classes)} classes: the source's has {count}"
-            return None
-        report.head = f"kept, {count} classes; the source does not name them, so their order is taken to be ours"
-        return list(range(count))
-    ours, theirs = list(classes), list(labels)
-    if set(ours) != set(theirs):
-        ours, theirs = [_plain(c) for c in classes], [_plain(c) for c in labels]
-    if len(set(theirs)) != len(theirs) or set(ours) != set(theirs):
-        same = len(set(ours) & set(theirs))
-        report.head = f"drawn for {len(classes)} classes: the source's {count} are others ({same} in common)"
-        return None
-    report.head = f"kept, {count} classes" + ("" if ours == theirs else ", rows put into our order")
-    return [theirs.index(c) for c in ours]
-
-
 def _labels(source: Source, count: int) -> list[str] | None:
     if source.classes is not None:
         return source.classes if len(source.classes) == count else None
@@ -284,10 +273,6 @@ def _labels(source: Source, count: int) -> list[str] | None:
         return None
     listed = [str(labels[str(i)]) for i in range(count)]
     return None if all(re.fullmatch(r"LABEL_\d+", label) for label in listed) else listed
-
-
-def _plain(label: str) -> str:
-    return label.strip().lower().replace("_", " ")
 
 
 def _pooling(
