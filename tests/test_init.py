@@ -266,6 +266,16 @@ def test_weights_are_recognized_by_what_is_in_them(tmp_path: Path) -> None:
     )
 
 
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(here / "data", PIECES, frames=2)
+    torch.save({"conv1.weight": torch.zeros(3)}, here / "resnet10t.pth")
+    assert run("data", "--weights", "resnet10t.pth") == 2
+    assert "resnet10t.pth lacks" in capsys.readouterr().err
+    assert not (here / "train.yaml").exists()
+
+
 def test_weights_that_are_elsewhere_are_recognized_by_name() -> None:
     named = recognize_weights("facebook/vjepa2-vitl-fpc16-256-ssv2")
     assert (named.family, named.frames, named.size) == ("hf", 16, 256)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from pathlib import Path
 
 import torch
 
 from vac_ddp.data.clip_sampling import window_count
-from vac_ddp.errors import UserError
-from vac_ddp.models import VideoModel, build_model
+from vac_ddp.models import VideoModel, build_model, load_model
 from vac_ddp.settings import Config, ViewSettings
 
 BACKWARD = 3  # a training step costs about as much as three forward passes
@@ -57,18 +57,21 @@ def views(settings: ViewSettings) -> int:
 
 
 def model_of(config: Config) -> VideoModel | None:
-    """The network with random weights; a VideoMAE's size is guessed by the name. None where its weights must say."""
+    """The network with its weights where they are on this disk, else random; None where only weights say its sizes.
+
+    A VideoMAE's size is then guessed by the name. UserError where weights that are here don't fit.
+    """
     settings = dataclasses.replace(config.model)
+    if settings.weights is not None and Path(settings.weights).expanduser().exists():
+        return load_model(settings, config.clip, ["a", "b"], seed=0).model.eval()
     if settings.name == "probe":
         settings.name = settings.encoder
-    if settings.name == "videomae" and settings.weights is not None and settings.width is None:
+    if settings.name == "hf":
+        return None
+    if settings.name == "videomae" and settings.weights is not None:
         named = settings.weights.lower()
         settings.size = next((size for size in ("small", "base", "large", "huge", "giant") if size in named), "base")
-    settings.weights = None
-    try:
-        return build_model(settings, config.clip, 2).eval()
-    except UserError:  # a network of transformers without a config
-        return None
+    return build_model(settings, config.clip, 2).eval()
 
 
 def forward_seconds(model: VideoModel, config: Config, *, clips: int = 1) -> float:
