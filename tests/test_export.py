@@ -250,7 +250,7 @@ def test_a_run_that_began_from_an_official_file_is_exported_with_the_difference_
     assert said in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["timesformer", "vivit", "vjepa2"])
+@pytest.mark.parametrize("kind", ["timesformer", "vivit", "vjepa2", "videoprism"])
 def test_models_of_transformers_go_back(tmp_path, kind):
     from transformers import AutoModelForVideoClassification
 
@@ -260,10 +260,16 @@ def test_models_of_transformers_go_back(tmp_path, kind):
     lines = export(run, tmp_path / "out", onnx=kind == "vivit")
     net = AutoModelForVideoClassification.from_pretrained(tmp_path / "out").eval()
     assert net.config.id2label == dict(enumerate(CLASSES))
-    model = load_model(ModelSettings(name="hf", weights=str(run)), CLIP, CLASSES, seed=0).model.eval()
+    trained = load_model(ModelSettings(name="hf", weights=str(run)), CLIP, CLASSES, seed=0)
+    model = trained.model.eval()
     clips = torch.randn(2, 4, 3, 16, 16)
-    torch.testing.assert_close(net(**{net.main_input_name: clips}).logits, model(clips), rtol=1e-5, atol=1e-6)
+    theirs = net(**{net.main_input_name: clips}).logits.flatten(1)
+    torch.testing.assert_close(theirs, model(clips), rtol=1e-5, atol=1e-6)
     assert any("onnxruntime" in line for line in lines) == (kind == "vivit")
+    again = load_model(ModelSettings(name="hf", weights=str(tmp_path / "out")), CLIP, CLASSES, seed=0)
+    assert again.mean == pytest.approx(trained.mean)  # what the processor that was written makes of pixels
+    assert again.std == pytest.approx(trained.std)
+    assert not any("pre-processing" in note for note in again.report.notes) or kind == "vjepa2"
 
 
 def test_what_exists_stays(tmp_path):

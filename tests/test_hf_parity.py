@@ -171,6 +171,24 @@ def test_regions_of_steps_are_where_their_pixels_are(tmp_path, kind):
             assert torch.equal(found, where)
 
 
+def test_a_grid_finer_than_the_patches_is_refused(tmp_path):
+    tiny("vjepa2").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"spatial_grid=3: the encoder's map is 2 x 2"):
+        load(tmp_path, spatial_grid=3)
+
+
+@pytest.mark.parametrize(("frames", "steps", "unread"), [(8, 4, 0), (7, 3, 1), (1, 1, 0)])
+def test_frames_that_fill_no_tubelet_are_named(tmp_path, frames, steps, unread):
+    tiny("vjepa2").save_pretrained(tmp_path)
+    clip = ClipSettings(frames=frames, size=16)
+    loaded = build_hf(ModelSettings(name="hf", weights=str(tmp_path)), clip, 5, seed=0)
+    clips = torch.randn(1, frames, 3, 16, 16)
+    assert loaded.model.steps(clips).shape == (1, *loaded.model.step_shape) == (1, steps, 24)
+    assert [note for note in loaded.report.notes if "no tubelet" in note] == (
+        [f"the last {unread} of {frames} frames fill no tubelet: the model does not see them"] if unread else []
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_probe_on_an_encoder_of_transformers(tmp_path, kind):
     tiny(kind).save_pretrained(tmp_path)

@@ -92,9 +92,12 @@ def _processors(net: Any, config: Config, loaded: Loaded) -> Iterator[Any]:
         "image_std": list(loaded.std),
         "resample": 2,  # bilinear
     }
-    if net.main_input_name == "pixel_values_videos":
+    if net.config.model_type == "vjepa2":
         # This class derives the short side from the crop and takes no other one.
         yield transformers.VJEPA2VideoProcessor(**values)
+        return
+    if net.main_input_name == "pixel_values_videos":  # VideoPrism, which has no class of its own
+        yield transformers.LlavaOnevisionVideoProcessor(**values, do_center_crop=True)
         return
     yield transformers.VideoMAEImageProcessor(**values)
     if hasattr(transformers, "VideoMAEVideoProcessor"):
@@ -114,7 +117,7 @@ def logits_of(folder: Path, model: VideoModel) -> Callable[[Tensor], Tensor]:
     other += [name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])]
     if other:
         raise RuntimeError(f"transformers reads other weights than were written: {', '.join(sorted(other)[:4])}")
-    return lambda clips: net(**{net.main_input_name: clips}).logits
+    return lambda clips: net(**{net.main_input_name: clips}).logits.flatten(1)
 
 
 def with_hf_eps(model: VideoModel) -> VideoModel:

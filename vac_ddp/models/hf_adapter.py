@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +28,11 @@ from vac_ddp.models.hf_config import (
     unused_parameters,
     zero_rates,
 )
-from vac_ddp.models.hf_families import FAMILIES, time_steps
+from vac_ddp.models.hf_families import FAMILIES, token_grid, unread_frames
 from vac_ddp.models.load_report import Loaded, LoadReport, some
 from vac_ddp.models.processor import normalization_of, size_notes
 from vac_ddp.models.timm_backbone import seeded, silence
-from vac_ddp.models.video_model import VideoModel, keep_factors, new_head, region_means
+from vac_ddp.models.video_model import VideoModel, check_grid, keep_factors, new_head, region_means
 from vac_ddp.settings import ClipSettings, ModelSettings
 
 
@@ -61,20 +60,27 @@ class HFClassifier(VideoModel):
     """Clips (B, T, 3, H, W) in, logits (B, K) out, by a transformers model with a classifier for K classes.
 
     Parameters that the classification never reads (V-JEPA 2's predictor) are named in `unused` and take no gradient.
-    frames: of a clip. drop_path: rate of the last layer's residual branches, rising linearly from 0 at the first.
+    drop_path: rate of the last layer's residual branches, rising linearly from 0 at the first.
     """
 
     net: Any  # of transformers
     rates: Tensor
 
     def __init__(
-        self, net: Any, *, frames: int, unused: Sequence[str] = (), drop_path: float = 0.0, spatial_grid: int = 1
+        self,
+        net: Any,
+        clip: ClipSettings,
+        *,
+        unused: Sequence[str] = (),
+        drop_path: float = 0.0,
+        spatial_grid: int = 1,
     ) -> None:
         super().__init__()
-        self.spatial_grid = spatial_grid
         self.net = net
+        self.time_steps, self.side = token_grid(net.config, clip)
+        check_grid(spatial_grid, self.side, self.side)
+        self.spatial_grid = spatial_grid
         self.family = FAMILIES[net.config.model_type]
-        self.frames = frames
         self.unused = list(unused)
         for name in unused:
             net.get_parameter(name).requires_grad_(False)
@@ -105,16 +111,13 @@ class HFClassifier(VideoModel):
         """Features (B, T', D) float32 of each time step: the last hidden state, averaged over space."""
         self._set_masks(noise)
         tokens = self.net.get_submodule(self.family.encoder)(clips).last_hidden_state
-        patches = self.family.by_time(tokens, self.step_shape[0])
-        side = math.isqrt(patches.shape[2])
-        maps = patches.flatten(0, 1).unflatten(1, (side, side))
-        return region_means(maps, self.spatial_grid).unflatten(0, patches.shape[:2])
+        maps = self.family.by_time(tokens, self.time_steps).unflatten(2, (self.side, self.side))
+        return region_means(maps.flatten(0, 1), self.spatial_grid).unflatten(0, maps.shape[:2])
 
     @property
     def step_shape(self) -> tuple[int, int]:
         """(T', D) of `steps`: a step is a tubelet, or a frame where there are none."""
-        config = self.net.config
-        return time_steps(config, self.frames), self.spatial_grid**2 * config.hidden_size
+        return self.time_steps, self.spatial_grid**2 * self.net.config.hidden_size
 
     def keep_encoder(self) -> None:
         """Remove pooler and classifier, and V-JEPA 2's predictor."""
@@ -221,12 +224,12 @@ def build_hf(
         report.notes.append(f"{len(unused)} tensors are not read when classifying and stay frozen: {some(unused, 3)}")
     if attention(config) == "eager":
         report.notes.append("attention without scaled_dot_product_attention: the class of transformers has none")
+    if lost := unread_frames(config, clip):
+        report.notes.append(f"the last {lost} of {clip.frames} frames fill no tubelet: the model does not see them")
     whose = "source" if source is not None and source.processor else "class"
     report.set_normalization(settings, *normalization_of(source), f"of the {whose}'s pre-processing")
     report.notes += size_notes(source, clip) if source is not None else []
-    model = HFClassifier(
-        net, frames=clip.frames, unused=unused, drop_path=settings.drop_path, spatial_grid=settings.spatial_grid
-    )
+    model = HFClassifier(net, clip, unused=unused, drop_path=settings.drop_path, spatial_grid=settings.spatial_grid)
     return Loaded(model=model, report=report)
 
 

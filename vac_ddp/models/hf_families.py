@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
 from vac_ddp.models.load_report import some
+from vac_ddp.settings import ClipSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,22 @@ FAMILIES = {
 }
 
 
-def time_steps(config: Any, frames: int) -> int:
-    """Time steps that a transformers model of this config makes of so many frames."""
-    tubelet = getattr(config, "tubelet_size", 1)
-    return max(1, frames // (tubelet[0] if isinstance(tubelet, list | tuple) else tubelet))
+def token_grid(config: Any, clip: ClipSettings) -> tuple[int, int]:
+    """(time steps, patches a side) that a transformers model of this config makes of a clip."""
+    frames, patch = _tubelet(config)
+    return max(1, clip.frames // frames), clip.size // patch
+
+
+def unread_frames(config: Any, clip: ClipSettings) -> int:
+    """Frames at the end of a clip that fill no tubelet: the model does not see them."""
+    frames, _ = _tubelet(config)
+    return clip.frames % frames if clip.frames > frames else 0
+
+
+def _tubelet(config: Any) -> tuple[int, int]:
+    """Frames and height of a tubelet, or of a patch."""
+    size = getattr(config, "tubelet_size", 1)
+    if isinstance(size, list | tuple):  # frames, height, width
+        return size[0], size[1]
+    patch = config.patch_size
+    return size, patch[0] if isinstance(patch, list | tuple) else patch
