@@ -20,7 +20,8 @@ from vac_ddp.data.split import make_split
 from vac_ddp.errors import UserError
 from vac_ddp.init import recipes, settings_file, time_estimate, weights_choice
 from vac_ddp.init.weights_choice import Weights, recognize_weights
-from vac_ddp.settings import Config, DataSettings
+from vac_ddp.models import load_model
+from vac_ddp.settings import Config, DataSettings, ModelSettings
 
 
 def make(root: Path, videos: dict[str, list[str]], *, frames: int = 20, height: int = 70, width: int = 90) -> Path:
@@ -148,6 +149,7 @@ def test_few_videos_or_no_gpu_begin_with_a_probe(
     said = capsys.readouterr().out
     assert "  vac audit data_train --config train.yaml --test data_test\n  vac probe --config train.yaml\n" in said
     assert f"  vac predict --run {c.run.dir} --data data_test\n" in said
+    assert f"  vac init data_train --gpus {gpus} --weights {c.run.dir} --out finetune.yaml\n" in said
     assert f"GPUs         {gpus} (as --gpus says)" in said
     time = next(line for line in said.splitlines() if line.startswith("time"))
     assert ("1 GPU at" if gpus else f"{len(os.sched_getaffinity(0))} cores") in time
@@ -264,6 +266,43 @@ def test_weights_are_recognized_by_what_is_in_them(tmp_path: Path) -> None:
     assert recognize_weights(str(tmp_path / "official.pth")) == Weights(
         name=str(tmp_path / "official.pth"), why="a VideoMAE checkpoint", tuned=False
     )
+
+
+FINETUNE = """\
+# A recipe.
+clip:
+  frames: 2
+  size: 32
+model:
+  name: probe
+  weights: somewhere
+  drop_path: 0.0
+augment:
+  flip: 0.5                    # as a comment says
+optim:
+  lr: 1.0e-4
+run:
+  dir: runs/finetuned
+"""
+
+
+def test_from_a_probe_the_preset_for_fine_tuning_fits_the_data(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "finetune_frames.yaml").write_text(FINETUNE)
+    monkeypatch.setattr(config, "PRESETS", here)
+    c = Config()
+    c.clip.frames, c.clip.size = 2, 32
+    c.model = ModelSettings(name="probe", backbone="resnet10t", weights=None)
+    probe = load_model(c.model, c.clip, ["turn_left", "turn_right"], seed=0)
+    content = {"classes": ["turn_left", "turn_right"], "config": config.to_dict(c), "architecture": probe.architecture}
+    (here / "runs" / "probe").mkdir(parents=True)
+    torch.save({"model": probe.model.state_dict(), **content}, here / "runs" / "probe" / "best_probe.pt")
+    make(here / "data", {"turn_left": PIECES["hug"], "turn_right": PIECES["kick"]}, frames=2)
+    assert run("data", "--weights", "runs/probe", "--out", "finetune.yaml") == 0
+    tuned = read(here / "finetune.yaml")
+    assert (tuned.model.name, tuned.model.weights, tuned.optim.lr) == ("probe", "runs/probe", 1e-4)
+    assert tuned.data.group_regex == r"^(.+)_clip\d+$"
+    assert tuned.augment.flip == 0, "left and right make the class"
+    assert tuned.run.dir == "runs/data"
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(

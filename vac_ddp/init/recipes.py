@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 
+from vac_ddp.config import find_config
 from vac_ddp.init.dataset_metadata import Metadata
 from vac_ddp.init.weights_choice import FEW, Weights
 
 SMALL_STEPS = 3600  # of a small model from scratch: what scratch_small was tuned with
+FINETUNE = {"frame_vit": "finetune_frames", "videomae": "finetune_videomae", "hf": "finetune_vjepa2"}  # presets
 TUNED_STEPS = 600  # at least, of pretrained weights on a small set
 
 
 def wants_probe(weights: Weights, *, gpus: int, videos: int) -> bool:
     """Whether a probe comes first: few videos, no GPU, or a network for whose fine-tuning there is no recipe here."""
-    if weights.name is None:
+    if weights.name is None or weights.family == "probe":
         return False
     return not gpus or videos < FEW or weights.family != "videomae"
 
@@ -74,6 +77,23 @@ def probe_groups(metadata: Metadata, weights: Weights) -> list[str]:
         *(["\n".join(["probe:", *probe, ""])] if probe else []),
         "predict:\n  views:\n    windows: spread\n    count: 1                   # more views cost time; --views 3x1\n",
     ]
+
+
+def finetune_groups(metadata: Metadata, weights: Weights) -> list[str]:
+    """The preset for fine-tuning from a probe on such an encoder, with the run's weights and the flip that fits."""
+    preset = find_config(FINETUNE.get(weights.encoder or "", "finetune_frames")).read_text(encoding="utf-8")
+    groups = []
+    for group in re.split(r"^(?=\w+:)", preset, flags=re.MULTILINE)[1:]:
+        name = group.partition(":")[0]
+        if name in ("data", "run"):
+            continue
+        if name == "model":
+            group = re.sub(r"^  weights:.*\n", "", group, flags=re.MULTILINE).rstrip()
+            group += f"\n  weights: {text(weights.name or '')}\n"
+        elif name == "augment" and metadata.sided:
+            group = re.sub(r"^  flip:.*\n", "", group, flags=re.MULTILINE).rstrip() + f"\n{_flip(metadata)}\n"
+        groups.append(group.rstrip() + "\n")
+    return groups
 
 
 def tuned_groups(metadata: Metadata, weights: Weights, *, train: int) -> list[str]:

@@ -14,7 +14,15 @@ from vac_ddp.data.index import open_index
 from vac_ddp.data.split import make_split
 from vac_ddp.errors import UserError
 from vac_ddp.init.dataset_metadata import Metadata, inspect
-from vac_ddp.init.recipes import data_group, probe_groups, small_groups, text, tuned_groups, wants_probe
+from vac_ddp.init.recipes import (
+    data_group,
+    finetune_groups,
+    probe_groups,
+    small_groups,
+    text,
+    tuned_groups,
+    wants_probe,
+)
 from vac_ddp.init.time_estimate import time_line
 from vac_ddp.init.weights_choice import Weights, choose_weights, recognize_weights
 from vac_ddp.settings import Config, DataSettings
@@ -61,12 +69,8 @@ def write_settings(asked: Asked) -> Written:
     data = data_group(metadata, weights, probe=probe)
     split = make_split(index, _read(data, asked.out).data, seed=Config().seed)
     train = max(1, len(split.train))
-    if probe:
-        groups = probe_groups(metadata, weights)
-    else:
-        groups = tuned_groups(metadata, weights, train=train) if weights.name else small_groups(metadata, train=train)
     run = _run_directory(metadata, probe=probe)
-    groups = [data, *groups, f"run:\n  dir: {text(run)}\n"]
+    groups = [data, *_groups(metadata, weights, probe=probe, train=train), f"run:\n  dir: {text(run)}\n"]
     config = _read("\n".join(groups), asked.out)
     check(config)
     lines = summary(metadata, weights, "as --gpus says" if asked.gpus is not None else ", ".join(names[:1]), gpus)
@@ -82,6 +86,14 @@ def write_settings(asked: Asked) -> Written:
     head += f"# Use: vac {program} --config {asked.out}; every setting and its meaning: vac {program} --help\n\n"
     files.write_text(asked.out, head + "\n".join(groups))
     return Written(lines=lines, commands=_commands(asked, program, run))
+
+
+def _groups(metadata: Metadata, weights: Weights, *, probe: bool, train: int) -> list[str]:
+    if probe:
+        return probe_groups(metadata, weights)
+    if weights.family == "probe":
+        return finetune_groups(metadata, weights)
+    return tuned_groups(metadata, weights, train=train) if weights.name else small_groups(metadata, train=train)
 
 
 def summary(metadata: Metadata, weights: Weights, gpu: str, gpus: int) -> list[str]:
@@ -135,7 +147,7 @@ def _test_folder(asked: Asked) -> str | None:
 
 
 def _commands(asked: Asked, program: str, run: str) -> list[list[str]]:
-    """Audit, training or probe, and prediction."""
+    """Audit, training or probe, prediction, and after a probe the settings for fine-tuning from it."""
     test = _test_folder(asked)
     ranks = ["--nproc", str(asked.gpus)] if (asked.gpus or 0) > 1 else []
     commands = [
@@ -144,4 +156,7 @@ def _commands(asked: Asked, program: str, run: str) -> list[list[str]]:
     ]
     if test:
         commands += [["vac", "predict", *ranks, "--run", run, "--data", test]]
+    if program == "probe":
+        machine = ["--gpus", str(asked.gpus)] if asked.gpus is not None else []
+        commands += [["vac", "init", asked.data, *machine, "--weights", run, "--out", "finetune.yaml"]]
     return commands

@@ -24,13 +24,15 @@ class Weights:
     """Pretrained weights and the network that they are of.
 
     name: as model.weights takes it, None for training from scratch; family: model.name of the network; backbone: its
-    timm name (family frame_vit); tuned: trained to classify, not by self-supervision alone; frames, size: of its clips.
+    timm name (family frame_vit); encoder: the family below a probe; tuned: trained to classify, not by self-supervision
+    alone; frames, size: of its clips.
     """
 
     name: str | None
     why: str
     family: str = "videomae"
     backbone: str | None = None
+    encoder: str | None = None
     tuned: bool = True
     frames: int = 16
     size: int = 224
@@ -132,6 +134,7 @@ def _of_run(asked: str, source: Any) -> Weights:
     frames, size = (clip.get(name, default) for name, default in (("frames", 16), ("size", 224)))
     return Weights(
         name=asked, why="the best weights of a run", family=family, backbone=saved.get("backbone"),
+        encoder=saved.get("encoder") if family == "probe" else None,
         frames=frames if isinstance(frames, int) else 16, size=size if isinstance(size, int) else 224,
     )  # fmt: skip
 
