@@ -80,7 +80,10 @@ def sbatch(tmp_path: Path, name: str, *words: str, **extra: str) -> subprocess.C
     )
 
 
-@pytest.mark.parametrize(("name", "words"), [("train.sh", ["a=b", "c=d"]), ("predict.sh", ["--run", "r", "c=d"])])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("train.sh", ["a=b", "c=d"]), ("predict.sh", ["--run", "r", "c=d"]), ("embed.sh", ["--run", "r", "--steps"])],
+)
 def test_torchrun_takes_what_the_templates_say(tmp_path: Path, name: str, words: list[str]) -> None:
     done = sbatch(tmp_path, name, *words, VAC_RANKS="3", VAC_SAVE_TIME="77")
     lines = [line for line in done.stdout.splitlines() if line.startswith("parsed ")]

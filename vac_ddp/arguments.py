@@ -1,4 +1,4 @@
-"""Arguments: the parser of all programs, the settings of a training, and what a prediction is asked for."""
+"""Arguments: the parser of all programs, the settings of a training, what a prediction or embedding is asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vac_ddp.checks import check, leaves, short, type_name
+from vac_ddp.checks import check, check_prediction, leaves, short, type_name
 from vac_ddp.config import find_config, one_rate, override, read_yaml, to_yaml
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Bounds, Config
@@ -145,6 +145,8 @@ def help_text(program: str, about: str) -> str:
 
 # ---------------------------------------------------------------- prediction
 
+OF_A_RUN = ("predict.", "data.", "clip.", "train.precision")  # what predicting or embedding with a run can change
+
 
 @dataclass(kw_only=True)
 class PredictionOptions:
@@ -182,13 +184,7 @@ def parse_prediction(argv: list[str]) -> PredictionOptions:
     add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
     add("--overwrite", action="store_true", help="overwrite another prediction in --out")
     add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
-    flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
-    for word in [word for word in words if word.startswith("run.dir=")]:
-        flags.run = word.partition("=")[2]
-        words.remove(word)
-    for word in words:
-        if word.startswith("-") or "=" not in word:
-            raise UserError(f"unknown argument {word} (see --help)")
+    flags, words = _flags_and_settings(parser, argv)
     if (flags.run is None) == (flags.weights is None):
         raise UserError("give one of --run DIR and --weights FILE")
     if flags.data is None and flags.part is None:
@@ -199,6 +195,99 @@ def parse_prediction(argv: list[str]) -> PredictionOptions:
         part=flags.part,
         out=Path(flags.out).expanduser() if flags.out else None,
         sample=flags.sample,
+        views=flags.views,
+        overwrite=flags.overwrite,
+        debug=flags.debug,
+        words=words,
+    )
+
+
+def _flags_and_settings(parser: ArgumentParser, argv: list[str]) -> tuple[Namespace, list[str]]:
+    """The flags, and the words that are settings; `run.dir=DIR` means --run, for the torchrun that takes `--run`."""
+    flags, words = parser.parse_known_args(argv[argv[:1] == ["--"] :])
+    for word in [word for word in words if word.startswith("run.dir=")]:
+        flags.run = word.partition("=")[2]
+        words.remove(word)
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            raise UserError(f"unknown argument {word} (see --help)")
+    return flags, words
+
+
+def change_settings(
+    config: Config, options: PredictionOptions | EmbeddingOptions, *, allowed: tuple[str, ...], refusal: str
+) -> None:
+    """Change settings as the words, --views and --debug of a prediction or embedding say, and check those it uses.
+
+    UserError for a setting that does not begin with one of `allowed`; `refusal` says why.
+    """
+    from vac_ddp.scoring.views import set_views  # numpy, only once the arguments are good
+
+    if options.views:
+        set_views(config.predict.views, options.views)
+    for word in options.words:
+        override(config, word)
+        if not word.startswith(allowed):
+            raise UserError(f"{word}: {refusal}; it can change {', '.join(allowed)}")
+    if options.debug:
+        config.data.workers = 0
+    check_prediction(config)
+
+
+# ---------------------------------------------------------------- embedding
+
+OF_AN_ENCODER = ("model.", "seed=", *OF_A_RUN)
+
+
+@dataclass(kw_only=True)
+class EmbeddingOptions:
+    """What was asked of an embedding: `run` is a run directory or a file, or `config` names settings."""
+
+    run: str | None
+    config: str | None
+    data: Path | None
+    out: Path | None
+    steps: bool
+    dtype: str
+    views: str | None
+    overwrite: bool
+    debug: bool
+    words: list[str]
+
+
+def parse_embedding(argv: list[str]) -> EmbeddingOptions:
+    """Read the command line; UserError in one line, --help ends here."""
+    parser = ArgumentParser(
+        prog="vac embed",
+        description="Write the features that a frozen encoder gives for the videos of a folder.",
+        epilog="group.name=value changes settings: model.weights, model.backbone and others of model, clip, data and "
+        "predict.views with --config; with --run what vac predict can change.",
+    )
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="a run directory: the encoder of its best_<model>.pt")
+    add("--config", metavar="FILE", help="or settings as YAML, or a preset's name: the encoder of its group model")
+    add("--data", metavar="DIR", help="<class>/<video>/*.jpg, <video>/*.jpg, CSV or packed set (default: data.train)")
+    add("--out", metavar="DIR", help="where features.npz goes (default: RUN/features/<name of the data folder>)")
+    add("--steps", action="store_true", help="keep the features of each time step as well, not only their mean")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="float16 takes half the space")
+    add("--views", metavar="KxC", help="K windows over the video x C crops (5x3), with +flip also mirrored")
+    add("--nproc", metavar="N", help="start N ranks on this machine (torchrun does it as well)")
+    add("--overwrite", action="store_true", help="overwrite other features in --out")
+    add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
+    flags, words = _flags_and_settings(parser, argv)
+    if (flags.run is None) == (flags.config is None):
+        raise UserError("give one of --run DIR and --config FILE (see --help)")
+    if flags.run is None and flags.out is None:
+        raise UserError("give --out DIR for the features: --config names no run")
+    if flags.out is not None and flags.out.endswith(".npz"):
+        raise UserError(f"--out {flags.out}: give a folder, features.npz is written to it")
+    return EmbeddingOptions(
+        run=flags.run,
+        config=flags.config,
+        data=Path(flags.data).expanduser() if flags.data else None,
+        out=Path(flags.out).expanduser() if flags.out else None,
+        steps=flags.steps,
+        dtype=flags.dtype,
         views=flags.views,
         overwrite=flags.overwrite,
         debug=flags.debug,

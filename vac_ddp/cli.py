@@ -14,6 +14,7 @@ COMMANDS = {
     "init": ("vac_ddp.commands.init_command", "look at your frames and write settings that fit them"),
     "train": ("vac_ddp.commands.train_command", "train a classifier (--nproc N: under torchrun)"),
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
+    "embed": ("vac_ddp.embed", "write the features that a frozen encoder gives for videos"),
     "score": ("vac_ddp.commands.score_command", "turn views files into scores, ensembles and a submission"),
     "ensemble": ("vac_ddp.commands.ensemble_command", "train folds and seeds, and score their views together"),
     "audio": (

@@ -17,35 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp import config as settings_io
-from vac_ddp.arguments import PredictionOptions, parse_prediction, take_nproc
-from vac_ddp.checks import check_prediction
+from vac_ddp.arguments import OF_A_RUN, change_settings, parse_prediction, take_nproc
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.errors import UserError
 from vac_ddp.results import submission
 from vac_ddp.runtime.exit_status import run_command, run_entry_point
 from vac_ddp.runtime.torchrun import run_ranks
-from vac_ddp.scoring.views import set_views
-from vac_ddp.settings import Config
-
-CHANGEABLE = ("predict.", "data.", "clip.", "train.precision")
-
-
-def prediction_settings(saved: dict[str, Any], options: PredictionOptions, where: str) -> Config:
-    """The run's settings with what the command line changes. UserError for a setting that means nothing here."""
-    config = settings_io.from_dict(saved, where=where)
-    if options.views:
-        set_views(config.predict.views, options.views)
-    for word in options.words:
-        settings_io.override(config, word)
-        if not word.startswith(CHANGEABLE):
-            raise UserError(f"{word}: a prediction has the run's setting; it can change {', '.join(CHANGEABLE)}")
-    if options.debug:
-        config.data.workers = 0
-    check_prediction(config)
-    return config
-
-
-# ---------------------------------------------------------------- the program
 
 
 def predict(argv: list[str]) -> dict[str, Any] | None:
@@ -61,7 +38,8 @@ def predict(argv: list[str]) -> dict[str, Any] | None:
     from vac_ddp.runtime.signals import StopRequest, end_of_allocation, save_by
 
     source = open_own(weights)
-    config = prediction_settings(source.config or {}, options, str(weights))
+    config = settings_io.from_dict(source.config or {}, where=str(weights))
+    change_settings(config, options, allowed=OF_A_RUN, refusal="a prediction has the run's setting")
     data = options.data
     if data is None:
         data = Path((options.part == "val" and config.data.val) or config.data.train).expanduser()

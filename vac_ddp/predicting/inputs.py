@@ -9,7 +9,6 @@ from vac_ddp.data.index import Index, cache_name, open_index
 from vac_ddp.data.split import read_split
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import UserError
-from vac_ddp.models.weight_files import Source
 from vac_ddp.predicting.part_files import FOLDER
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.ranks import say
@@ -36,15 +35,18 @@ def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> list[str]:
     return video.faults
 
 
-def read_index(root: Path, config: Config, source: Source, out: Path, *, labelled: bool) -> Index:
-    """Rank 0 scans, or reads the cached index; the others read what it left in OUT/parts."""
+def read_index(root: Path, config: Config, classes: list[str] | None, out: Path, *, labelled: bool) -> Index:
+    """Rank 0 scans, or reads the cached index; the others read what it left in OUT/parts.
+
+    classes: what the labels are numbers of; default: the classes of the data.
+    """
 
     def read() -> Index:
         return open_index(
             root,
             labelled=labelled,
             settings=config.data,
-            classes=source.classes if labelled else None,
+            classes=classes if labelled else None,
             scan=distributed.is_main(),
             cache_file=out / FOLDER / cache_name(root, labelled=labelled, settings=config.data),
         )

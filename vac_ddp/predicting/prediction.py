@@ -58,7 +58,7 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
     name = request.part or request.data.resolve().name
     out = request.out or source.path.parent / "predictions" / name
     with locked(out):
-        index = read_index(request.data, config, source, out, labelled=labelled)
+        index = read_index(request.data, config, source.classes, out, labelled=labelled)
         for note in index.notes:
             say(note)
         sources = None
@@ -121,7 +121,7 @@ def predict_here(
         faults = lay_out(request.data, kind, root, short_side=2 * config.clip.size)
     config.data.cache = str(scratch)
     out = request.out or scratch / "out"
-    index = read_index(root, config, request.source, out, labelled=kind == "labelled")
+    index = read_index(root, config, request.source.classes, out, labelled=kind == "labelled")
     scorer = opened()
     task = make_task(config, request.source, index, scorer.device)
     done = execute(config, task, scorer, index, out, overwrite=request.overwrite, quiet=quiet)

@@ -1,4 +1,4 @@
-"""From views of videos to what the model gives for them: passes of full size over clips of neighbouring videos."""
+"""From views of videos to logits or features: passes of full size over clips of neighbouring videos."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import UserError
-from vac_ddp.models import load_model
+from vac_ddp.models import Loaded, LoadReport, load_model
 from vac_ddp.models.compilation import compile_if_it_works
 from vac_ddp.models.precision import AUTOCAST, autocast, precision_of
 from vac_ddp.models.video_model import VideoModel
@@ -31,7 +31,7 @@ class Scorer:
     """The model and how clips go through it.
 
     clips_per_gpu: the clips of a pass as `setting` gives them, or "auto". pad: fill the last, short pass with zeros,
-    because a compiled model would be compiled again for its size.
+    because a compiled model would be compiled again for its size. steps: give the features of time steps, not logits.
     """
 
     model: VideoModel
@@ -42,6 +42,7 @@ class Scorer:
     flip: bool
     clips_per_gpu: int | str
     pad: bool = False
+    steps: bool = False
     setting: str = "predict.clips_per_gpu"
 
     @property
@@ -51,10 +52,10 @@ class Scorer:
 
     @torch.no_grad()
     def outputs(self, clips: Tensor) -> Tensor:
-        """What the model gives for clips (B, T, S, S, 3) uint8 in one pass: (B, ...) float32 on the device."""
+        """Logits (B, K), or features (B, T', D), of clips (B, T, S, S, 3) uint8 in one pass, float32 on the device."""
         pixels = normalize(clips, self.mean, self.std, torch.float32)
         with autocast(self.device, self.autocast):
-            outputs: Tensor = self.model(pixels)
+            outputs: Tensor = self.model.steps(pixels) if self.steps else self.model(pixels)
             return outputs.float()
 
 
@@ -64,6 +65,26 @@ def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
     loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
     if loaded.report.missing:
         raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
+    return _scorer(loaded, config, device)
+
+
+def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadReport]:
+    """The encoder of `config.model` with its weights, on its device, and how they were loaded; called by all ranks.
+
+    Classifier and pooling are removed: the scorer gives the features of time steps.
+    """
+
+    def load() -> Loaded:
+        return load_model(config.model, config.clip, ["removed", "with the classifier"], seed=config.seed)
+
+    loaded = distributed.main_first(load, load)  # rank 0 downloads
+    loaded.model.keep_encoder()
+    scorer = _scorer(loaded, config, device)
+    scorer.steps = True
+    return scorer, loaded.report
+
+
+def _scorer(loaded: Loaded, config: Config, device: torch.device) -> Scorer:
     return Scorer(
         model=loaded.model.to(device).eval(),
         device=device,
