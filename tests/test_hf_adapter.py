@@ -229,6 +229,23 @@ def test_a_checkpoint_of_ours_builds_the_same_model(saved):
     assert torch.equal(again.eval()(clips), model.eval()(clips))
 
 
+def test_batch_norm_keeps_its_statistics_but_in_runs_from_before_the_setting(tmp_path):
+    tiny("vivit").save_pretrained(tmp_path)
+    first = build(tmp_path).model
+    old = {name: value for name, value in first.architecture().items() if name != "batch_norm"}
+    for setting, architecture, keeps in (
+        ("stored", None, True),
+        ("batch", None, False),
+        ("stored", first.architecture(), True),
+        ("stored", old, False),
+    ):
+        wanted = ModelSettings(name="hf", weights=str(tmp_path), batch_norm=setting)
+        model = build_hf(wanted, CLIP, 5, seed=0, architecture=architecture).model
+        norm = model.net.vivit.layernorm = nn.BatchNorm1d(9)  # of 2 x 2 x 2 patches and the class token
+        model.train()(torch.randn(4, 4, 3, 16, 16))
+        assert bool(norm.running_mean.any()) != keeps
+
+
 def test_videomae_goes_another_way(tmp_path):
     with pytest.raises(UserError, match=r"model\.name=videomae"):
         build("MCG-NJU/videomae-base")

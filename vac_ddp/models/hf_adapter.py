@@ -7,6 +7,7 @@ drop path probabilities of the config are set to 0. Drop path is applied here, b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
 from vac_ddp.models import weight_files
+from vac_ddp.models.frame_vit import batch_norms
 from vac_ddp.models.hf_config import (
     attention,
     check_clips,
@@ -60,34 +62,35 @@ class HFClassifier(VideoModel):
     """Clips (B, T, 3, H, W) in, logits (B, K) out, by a transformers model with a classifier for K classes.
 
     Parameters that the classification never reads (V-JEPA 2's predictor) are named in `unused` and take no gradient.
-    drop_path: rate of the last layer's residual branches, rising linearly from 0 at the first.
+    Drop path reaches its rate in the last layer's residual branches, rising linearly from 0 in the first.
     """
 
     net: Any  # of transformers
     rates: Tensor
 
-    def __init__(
-        self,
-        net: Any,
-        clip: ClipSettings,
-        *,
-        unused: Sequence[str] = (),
-        drop_path: float = 0.0,
-        spatial_grid: int = 1,
-    ) -> None:
+    def __init__(self, net: Any, settings: ModelSettings, clip: ClipSettings, *, unused: Sequence[str] = ()) -> None:
         super().__init__()
         self.net = net
         self.time_steps, self.side = token_grid(net.config, clip)
-        check_grid(spatial_grid, self.side, self.side)
-        self.spatial_grid = spatial_grid
+        check_grid(settings.spatial_grid, self.side, self.side)
+        self.spatial_grid, self.batch_norm = settings.spatial_grid, settings.batch_norm
         self.family = FAMILIES[net.config.model_type]
         self.unused = list(unused)
         for name in unused:
             net.get_parameter(name).requires_grad_(False)
         self._depths, self.num_depths = self._find_depths()
         self._checkpointing = 0
-        self._ends, rates = _branch_ends(self.layers(), self.family.branches, drop_path)
+        self._ends, rates = _branch_ends(self.layers(), self.family.branches, settings.drop_path)
         self.register_buffer("rates", torch.tensor(rates, device="cpu"), persistent=False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> HFClassifier:
+        """Training or evaluation mode; BatchNorm on stored statistics stays in the latter."""
+        super().train(mode)
+        if self.batch_norm == "stored":
+            for module in batch_norms(self):
+                module.eval()
+        return self
 
     @property
     def noise_size(self) -> int:
@@ -162,7 +165,8 @@ class HFClassifier(VideoModel):
 
     def architecture(self) -> dict[str, Any]:
         """What builds the model again: the transformers config, in plain types."""
-        return {"name": "hf", "config": json.loads(self.net.config.to_json_string(use_diff=False))}
+        config = json.loads(self.net.config.to_json_string(use_diff=False))
+        return {"name": "hf", "config": config, "batch_norm": self.batch_norm}
 
 
 def _branch_ends(
@@ -229,8 +233,9 @@ def build_hf(
     whose = "source" if source is not None and source.processor else "class"
     report.set_normalization(settings, *normalization_of(source), f"of the {whose}'s pre-processing")
     report.notes += size_notes(source, clip) if source is not None else []
-    model = HFClassifier(net, clip, unused=unused, drop_path=settings.drop_path, spatial_grid=settings.spatial_grid)
-    return Loaded(model=model, report=report)
+    if architecture is not None and "batch_norm" not in architecture:  # of a run from before there was this setting
+        settings = dataclasses.replace(settings, batch_norm="batch")
+    return Loaded(model=HFClassifier(net, settings, clip, unused=unused), report=report)
 
 
 def _open(settings: ModelSettings) -> weight_files.Source:

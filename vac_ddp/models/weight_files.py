@@ -42,6 +42,7 @@ class Architecture(TypedDict):
     encoder: NotRequired[Architecture]
     positions: NotRequired[bool]
     config: NotRequired[dict[str, Any]]
+    batch_norm: NotRequired[Literal["stored", "batch"]]
     width: NotRequired[Size]
     depth: NotRequired[Depth]
     heads: NotRequired[Size]
