@@ -230,7 +230,7 @@ class ProbeSettings:
     attentive_seeds: int = setting(1, "initial weights tried for each attentive probe", low=1, high=1000)
     attentive_steps: int = setting(200, "optimizer steps of attentive probes", low=1, high=10**6)
     attentive_positions: bool = setting(True, "give attentive probes the position of each time step")
-    folds: int = setting(5, "outer and inner grouped folds", low=2, high=100)
+    folds: int = setting(5, "grouped folds; the inner folds of each outer one are the others", low=3, high=100)
     repeats: int | None = setting(
         None, "times the outer folds are sampled anew; default: 4 for fewer than 500 videos, else 1", low=1, high=100
     )
