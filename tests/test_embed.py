@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,13 @@ from PIL import Image
 
 from tests.support import environment, torchrun
 from vac_ddp import cli, files
+from vac_ddp import config as settings_io
 from vac_ddp.commands import pack_command
 from vac_ddp.data.index import open_index
 from vac_ddp.data.split import make_split
 from vac_ddp.embed import embed, main
 from vac_ddp.errors import Findings, Interrupted, UserError
-from vac_ddp.predicting import all_videos, part_files
+from vac_ddp.predicting import all_videos, embedding, part_files
 from vac_ddp.predicting.embedding import ENCODER_SETTINGS
 from vac_ddp.results.features_file import Features, read_features
 from vac_ddp.scoring.scorer import Scorer
@@ -234,6 +236,36 @@ def test_what_is_there_is_kept_and_other_features_are_refused(
     monkeypatch.undo()
     embed([*argv, "--steps", "--overwrite"])
     assert read_features(tmp_path / "out").steps is not None
+
+
+def test_features_of_other_settings_are_told_apart_for_a_probe(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes features by rounding alone does not count; encoder, clips, views and data do."""
+    embed(arguments(place, tmp_path / "out", "--steps", "--dtype", "float16"))
+    features = read_features(tmp_path / "out")
+    features.about["fingerprint"] |= {"device": "cuda", "precision": "bf16", "versions": "vac_ddp 0"}
+
+    def check(*words: str, classes: list[str] | None = None) -> None:
+        config = settings_io.read_yaml(place / "tiny.yaml")
+        for word in [f"data.cache={tmp_path / 'cache'}", *words]:
+            settings_io.override(config, word)
+        index = open_index(place / "data", labelled=True, settings=config.data, classes=classes)
+        request = embedding.Request(data=place / "data", config=config, out=tmp_path)
+        embedding.check_features(features, request, index, torch.device("cpu"))
+
+    check()
+    check("model.pooling=attentive", "optim.lr=1e-3", "train.epochs=3")
+    for word, text in (
+        ("clip.frames=8", "clip.frames (4 there, 8 now)"),
+        ("predict.views.count=2", "views.count (1 there, 2 now)"),
+        ("model.weights=null", "weights ("),
+        ("model.std=0.5,0.5,0.5", "model.std (0.229 0.224 0.225 there, 0.5 0.5 0.5 now)"),
+    ):
+        with pytest.raises(UserError, match=re.escape(text)):
+            check(word)
+    with pytest.raises(UserError, match="names or classes of the videos changed"):
+        check(classes=["sit", "stand", "wave"])
 
 
 # Settings of the group model that change no feature, or that the weights' hash, mean and std stand for.

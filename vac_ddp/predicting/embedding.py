@@ -15,12 +15,13 @@ import torch
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.grouping import find_sources, known_sources
 from vac_ddp.data.index import Index
+from vac_ddp.errors import UserError
 from vac_ddp.models import LoadReport, VideoModel
 from vac_ddp.models.precision import precision_of
 from vac_ddp.predicting.execution import execute, locked, say_how
-from vac_ddp.predicting.fingerprint import fingerprint
+from vac_ddp.predicting.fingerprint import differences, fingerprint
 from vac_ddp.predicting.inputs import read_index
-from vac_ddp.predicting.part_files import Output, refuse_other
+from vac_ddp.predicting.part_files import Output
 from vac_ddp.predicting.task import Task, costs_of
 from vac_ddp.results.features_file import NAME, Features, FeaturesHead, read_features, write_features
 from vac_ddp.runtime import distributed
@@ -37,6 +38,9 @@ ENCODER_SETTINGS = (
     "backbone", "width", "depth", "heads", "mlp_ratio", "size", "patch", "tubelet", "norm_eps", "spatial_grid",
     "lsvit_version", "smif", "lmi",
 )  # fmt: skip
+
+# What of a fingerprint changes features by rounding alone, or says what a file keeps of them.
+ROUNDING = ("device", "precision", "versions", "predict.compile", "steps", "dtype")
 
 
 @dataclass(kw_only=True)
@@ -142,10 +146,27 @@ def groups_of(config: Config, index: Index) -> list[str]:
     return found.groups
 
 
-def refuse_other_features(features: Features, expected: Task) -> None:
-    """Raise UserError, which names the differences, where a features file is not what the task would make."""
-    where = features.path or Path(NAME)
-    refuse_other(features.about.get("fingerprint", {}), expected.fingerprint, where, "embedding", say)
+def check_features(features: Features, request: Request, index: Index, device: torch.device) -> None:
+    """Raise UserError, which names the differences, where a file has not the request's features of the `index`.
+
+    Called by all ranks. What changes features by rounding alone (type of device, precision, versions) may differ, and
+    whether there are steps.
+    """
+    task = make_task(request, index, *open_encoder(request.config, device))
+    stored, now = dict(features.about.get("fingerprint", {})), task.fingerprint
+    stored |= {name: now[name] for name in ROUNDING if name in stored}
+
+    def compare() -> None:
+        changed, _ = differences(stored, now)
+        if (features.ids, features.classes) != (task.head.ids, task.head.classes):
+            changed.append("names or classes of the videos")
+        if changed:
+            raise UserError(
+                f"{features.path} has other features than these settings give: {', '.join(changed)} changed; run "
+                "`vac embed` with these settings, or leave probe.features out"
+            )
+
+    distributed.main_first(compare, lambda: None)
 
 
 def _output(dtype: str, width: int, steps: int | None) -> Output:

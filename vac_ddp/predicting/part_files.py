@@ -199,11 +199,11 @@ def open_out(
     if overwrite:
         clear(out, output)
     elif (out / output.name).exists():
-        refuse_other(output.fingerprint(out / output.name), fingerprint, out / output.name, output.noun, say)
+        _refuse_other(output.fingerprint(out / output.name), fingerprint, out / output.name, output.noun, say)
         return Found(complete=True, parts=[], done=np.arange(videos))
     elif stored.exists():
         found = read_json(stored, dict[str, str], remedy="--overwrite starts anew")
-        refuse_other(found, fingerprint, out / FOLDER, output.noun, say)
+        _refuse_other(found, fingerprint, out / FOLDER, output.noun, say)
         parts, done = read_parts(out, kind, videos, say)
         return Found(complete=False, parts=parts, done=done)
     elif foreign := [name for name in output.beside if (out / name).exists()]:
@@ -227,7 +227,7 @@ def drop_parts(out: Path) -> None:
         shutil.rmtree(out / FOLDER)
 
 
-def refuse_other(
+def _refuse_other(
     stored: dict[str, str], now: dict[str, str], where: Path, noun: str, say: Callable[[str], None]
 ) -> None:
     """UserError that names the differences where `where` has another fingerprint; `say` what it is too old to have."""
