@@ -13,7 +13,7 @@ import torch
 
 from vac_ddp.data import synthetic
 from vac_ddp.data.index import Index, open_index
-from vac_ddp.data.split import Split, make_split, read_split, write_split
+from vac_ddp.data.split import Split, make_split, read_split, split_rows, write_split
 from vac_ddp.errors import UserError
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
@@ -74,6 +74,31 @@ def check_labels(labels: torch.Tensor, num_classes: int, names: list[str]) -> No
             f"{names[bad[0]]} has the label {int(labels[bad[0]])}, classes are 0 to {num_classes - 1}"
             + (f" ({len(bad)} such videos)" if len(bad) > 1 else "")
         )
+
+
+def seen_by_weights(file: str | None, data: Data) -> str | None:
+    """A line on validation videos whose group the initial weights were trained on, by the split.csv beside `file`.
+
+    None where there is no such video, the weights' run had other videos, or validation has a folder of its own.
+    """
+    split = Path(file).parent / "split.csv" if file else None
+    if split is None or not split.exists() or data.val_index is not data.index:
+        return None
+    try:
+        rows = split_rows(split)
+    except UserError as error:
+        return f"warning: whether these weights were trained on validation videos is not known: {error}"
+    if not {row[0] for row in rows} & set(data.index.names):
+        return None
+    trained = {row[2] for row in rows if row[3] == "train"}
+    seen = sum(data.split.groups[video] in trained for video in data.split.val.tolist())
+    if not seen:
+        return None
+    return (
+        f"warning: {seen} of {len(data.split.val)} validation videos have their group in the training split of these "
+        f"weights ({split}): validation accuracy will be too high; fit the weights on the same split (data.fold or "
+        "data.val_fraction, and seed), or give a data.val that they have not seen"
+    )
 
 
 def data_hashes(data: Data) -> dict[str, str]:

@@ -21,7 +21,7 @@ from vac_ddp.text import printable
 from vac_ddp.training import checkpoint, run_directory, same_run
 from vac_ddp.training.best_weights import BestFile, is_file
 from vac_ddp.training.checkpoint_content import check_fits
-from vac_ddp.training.data_setup import Data, data_hashes
+from vac_ddp.training.data_setup import Data, data_hashes, seen_by_weights
 from vac_ddp.training.optimization import Group
 from vac_ddp.training.saving import Saver
 
@@ -69,7 +69,12 @@ def load(config: Config, data: Data, resumed: Resumed) -> Loaded:
         loaded = rebuild_model(config.model, config.clip, data.classes, architecture, seed=config.seed)
         loaded.report.head = str(resumed.facts and resumed.facts.get("head"))
         return loaded
-    return distributed.main_first(*2 * (lambda: load_model(config.model, config.clip, data.classes, seed=config.seed),))
+    loaded = distributed.main_first(
+        *2 * (lambda: load_model(config.model, config.clip, data.classes, seed=config.seed),)
+    )
+    if note := seen_by_weights(loaded.report.file, data):
+        loaded.report.notes.append(note)
+    return loaded
 
 
 def check(resumed: Resumed, data: Data) -> None:
