@@ -186,6 +186,8 @@ def in_small(text: str, ranks: int = 2) -> list[str]:
         rest += [word for word in (*SMALL, *frames) if word.partition("=")[0] not in given - {"model.weights"}]
         if any(word.startswith("model.drop_path=") for word in rest):
             rest.append("model.drop_path=0")
+    if name == "embed" and "--config" in rest:
+        rest += [word for word in (*SMALL, "clip.frames=4") if word.startswith(("model.", "clip.", "data."))]
     if "--nproc" in rest:
         rest[rest.index("--nproc") + 1] = str(min(ranks, int(rest[rest.index("--nproc") + 1])))
     if name == "ensemble":
