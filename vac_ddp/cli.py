@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("vac_ddp.commands.train_command", "train a classifier (--nproc N: under torchrun)"),
     "predict": ("vac_ddp.predict", "predict a test folder, or one video"),
     "embed": ("vac_ddp.embed", "write the features that a frozen encoder gives for videos"),
+    "probe": ("vac_ddp.probe", "select a classifier on the features of a frozen encoder"),
     "score": ("vac_ddp.commands.score_command", "turn views files into scores, ensembles and a submission"),
     "ensemble": ("vac_ddp.commands.ensemble_command", "train folds and seeds, and score their views together"),
     "audio": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Head:
 
     weight: np.ndarray
     bias: np.ndarray
-    statistics: list[str] = field(default_factory=list)
+    statistics: list[Any] = field(default_factory=list)
     query: np.ndarray | None = None
     position: np.ndarray | None = None
 

@@ -46,7 +46,8 @@ class Selected:
 
     head: gives calibrated logits, divided by `temperature`. videos (V,): numbers in the features file; logits
     (V, K) float32: calibrated, of these videos in the first repeat, each by a selection that did not see its fold.
-    nested: the selection among all probes; table: each probe by itself in the order of the settings, k-NN last.
+    nested: the selection among all probes; table: each probe by itself in the order of the settings, k-NN last;
+    groups: how many the videos are of.
     """
 
     candidate: Candidate
@@ -56,6 +57,7 @@ class Selected:
     logits: np.ndarray
     nested: Row
     table: list[Row]
+    groups: int
 
 
 def select_probe(
@@ -104,6 +106,7 @@ def select_probe(
             *(_row(probe, outcome, labels, own) for probe, outcome in tried.items()),
             _reference(features, videos, folds, own),
         ],
+        groups=len(set(own)),
     )
 
 
@@ -199,7 +202,7 @@ def table_lines(selected: Selected) -> list[str]:
     width = max(len(row.settings) for row in rows)
     lines = [f"{'probe':<10} {'hyper-parameters':<{width}}  {'accuracy':>8}   SE      {'loss':>6}  {'seconds':>7}"]
     for row in rows:
-        loss = "" if math.isnan(row.loss) else f"{row.loss:.4f}"
+        loss = "" if math.isnan(row.loss) else f"{abs(row.loss):.4f}"
         lines.append(
             f"{row.probe:<10} {row.settings:<{width}}  {row.accuracy:>8.4f} ± {row.error:.4f}  {loss:>6}  "
             f"{row.seconds:>7.1f}"

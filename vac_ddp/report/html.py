@@ -115,6 +115,7 @@ class Facts:
     settings: str
     validation: Validation | None
     note: str = ""
+    probes: Sequence[Mapping[str, Any]] = ()
 
 
 def render(facts: Facts) -> str:
@@ -126,7 +127,7 @@ def render(facts: Facts) -> str:
         _headline(facts),
         f'<p class="warning">{text(facts.note)}</p>' if facts.note else "",
         *[f'<p class="warning">{text(event)}</p>' for event in facts.events],
-        _section("Training", _training(facts)),
+        _section("Probes", _probes(facts.probes)) if facts.probes else _section("Training", _training(facts)),
         _section("Validation", _validation(facts.validation)),
         _section("Data", _data(facts)),
         _section("Weights at the start", _lines(facts.load)),
@@ -189,6 +190,21 @@ def _training(facts: Facts) -> str:
     if not facts.epochs and not facts.steps:
         return "<p>No epoch has ended yet.</p>"
     return picture(plots.curves(facts.epochs, facts.steps), "Loss, accuracy, learning rate and gradient norm")
+
+
+def _probes(probes: Sequence[Mapping[str, Any]]) -> str:
+    """The table of probes that were tried; the last line is of the nested selection among all of them."""
+    head = ["probe", "accuracy", "SE", "loss", "seconds", "hyper-parameters"]
+    rows = []
+    for line in probes:
+        name = f"selected: {line.get('probe')}" if line["kind"] == "selected" else str(line.get("probe"))
+        numbers = (line.get("accuracy"), line.get("error"), line.get("loss"))
+        shown = ["" if value is None else f"{abs(value):.4f}" for value in numbers]
+        rows.append([text(name), *shown, f"{line.get('seconds') or 0:.1f}", text(line.get("settings"))])
+    return (
+        '<p class="quiet">Accuracy of outer folds, which took no part in the choice of hyper-parameters, and its '
+        f"standard error over groups. k-NN is a reference.</p>{_table(head, rows, last_is_text=True)}"
+    )
 
 
 def _validation(found: Validation | None) -> str:

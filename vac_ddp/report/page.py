@@ -53,6 +53,7 @@ def gather(run: Path, views: Views | None, strip: Strip, *, note: str = "") -> h
         versions=f"vac_ddp {VERSION}",
         epochs=[line for line in lines if line.get("kind") == "epoch"],
         steps=steps,
+        probes=[line for line in lines if line.get("kind") in ("probe", "selected")],
         events=[_event(line) for line in lines if line.get("kind") == "event"],
         classes=classes,
         train_counts=[counts["train"][name] for name in classes],

@@ -36,20 +36,22 @@ OURS = (
     "debug_run.txt",
     "wandb_id",
     "checkpoints",
+    "features",
     "predictions",
     "logs",
     "tensorboard",
     "wandb",
 )
 
-FOLDERS = ("checkpoints", "predictions", "logs", "tensorboard", "wandb")  # of these; the rest are files
+FOLDERS = ("checkpoints", "features", "predictions", "logs", "tensorboard", "wandb")  # of these; the rest are files
 
 # Where the first version kept a run that it was overwriting.
 OVERWRITTEN = ".overwritten"
 # What only a run has that has come somewhere: without a checkpoint it is not started again in the same place.
 RESULTS = ("predictions", "report.html")
-# What a run keeps that was killed before its first checkpoint: its log, its name for W&B, what it overwrote.
-KEPT = ("log.txt", "wandb_id", "debug_run.txt", discarded_runs.RECORD)
+# What a run keeps that was killed before its first checkpoint: its log, its name for W&B, what it overwrote, and the
+# features of a probe, which are resumed by themselves.
+KEPT = ("log.txt", "wandb_id", "debug_run.txt", "features", discarded_runs.RECORD)
 DEBUG_NOTE = "Made by --debug. The next --debug run in this directory replaces it.\n"
 
 

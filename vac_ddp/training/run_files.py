@@ -11,12 +11,12 @@ import numpy as np
 
 from vac_ddp import config as settings_io
 from vac_ddp import files
-from vac_ddp.models import file_state
+from vac_ddp.models import LoadReport, VideoModel, file_state
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint, run_directory
 from vac_ddp.training.best_weights import BestFile
-from vac_ddp.training.data_setup import data_hashes
+from vac_ddp.training.data_setup import Data, data_hashes
 from vac_ddp.training.objective import Classification
 from vac_ddp.training.resuming import copy_report
 from vac_ddp.training.same_run import hash_settings
@@ -66,18 +66,23 @@ def make_saver(
 
 
 def best_content(
-    config: Config, objective: Classification, stepper: Stepper, figures: dict[str, float]
+    config: Config,
+    data: Data,
+    model: VideoModel,
+    figures: dict[str, float],
+    *,
+    architecture: dict[str, Any],
+    precision: str,
 ) -> dict[str, Any]:
     """What best_<model>.pt holds: plain types and tensors, readable with weights_only=True. figures: of validation."""
-    data = objective.data
     counts = np.bincount(data.index.labels[data.split.train], minlength=len(data.classes))
     return {
-        "model": file_state(stepper.eval_model),
+        "model": file_state(model),
         "classes": list(data.classes),
         "config": settings_io.to_dict(config),
         "metrics": dict(figures),
-        "architecture": objective.loaded.architecture,
-        "precision": stepper.precision,
+        "architecture": architecture,
+        "precision": precision,
         "class_counts": counts.tolist(),
     }
 
@@ -91,7 +96,7 @@ def check_space(config: Config, stepper: Stepper) -> None:
 
 
 def write_metadata(
-    config: Config, objective: Classification, facts: dict[str, Any], source: Path | None
+    config: Config, load: LoadReport, classes: list[str], facts: dict[str, Any], source: Path | None
 ) -> dict[str, bytes]:
     """Write the files of `METADATA` that a run directory lacks; the content of all of them. Rank 0 only.
 
@@ -102,10 +107,10 @@ def write_metadata(
         copy_report(source, folder)
     text = settings_io.to_yaml(dataclasses.replace(config, run=started))
     names = ("architecture", "precision", "device", "torch", "revision", "vac_ddp")
-    report = {"format": FORMAT, **objective.loaded.report.as_dict(), "run": {name: facts[name] for name in names}}
+    report = {"format": FORMAT, **load.as_dict(), "run": {name: facts[name] for name in names}}
     made: dict[str, Callable[[Path], None]] = {
         "config.yaml": lambda path: files.write_text(path, f"# settings of a run of vac_ddp, format {FORMAT}\n{text}"),
-        "classes.json": lambda path: files.write_json(path, objective.data.classes),
+        "classes.json": lambda path: files.write_json(path, classes),
         "load_report.json": lambda path: files.write_json(path, report),
     }
     for name, write in made.items():

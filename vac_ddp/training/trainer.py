@@ -150,7 +150,10 @@ class Trainer:
             distributed.main_first(lambda: run_files.check_space(config, self.stepper), lambda: None)
             self.log.describe_run()
         self.metadata = distributed.main_first(
-            lambda: run_files.write_metadata(config, self.objective, self.saver.facts, resumed.source), dict
+            lambda: run_files.write_metadata(
+                config, self.objective.loaded.report, self.objective.data.classes, self.saver.facts, resumed.source
+            ),
+            dict,
         )
         described = {**settings_io.to_dict(config), "revision": self.saver.facts["revision"]}
         session.tracker.connect(described, session.folder.name, resumed.part("wandb_id"), self.position.step)
@@ -339,7 +342,15 @@ class Trainer:
             except OSError as error:
                 self.tracker.say(f"{path} could not be written: {error.strerror}")
         figures = validation.figures if validation is not None else {}
-        self.saver.best.offer(run_files.best_content(self.config, self.objective, self.stepper, figures), epoch)
+        content = run_files.best_content(
+            self.config,
+            self.objective.data,
+            self.stepper.eval_model,
+            figures,
+            architecture=self.objective.loaded.architecture,
+            precision=self.stepper.precision,
+        )
+        self.saver.best.offer(content, epoch)
 
     def _finish_saving(self) -> None:
         """Everything is on the disk, or the run does not end well."""
