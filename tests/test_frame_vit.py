@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vac_ddp.errors import UserError
-from vac_ddp.models.frame_vit import FrameViT, batch_norms, build_frame_vit
+from vac_ddp.models.batch_norm import batch_norms
+from vac_ddp.models.frame_vit import FrameViT, build_frame_vit
 from vac_ddp.models.pooling import AttentionPool, TimeTransformer
 from vac_ddp.settings import ClipSettings, ModelSettings, OptimSettings
 from vac_ddp.training.optimization import group_table, make_groups

@@ -229,6 +229,17 @@ def test_settings_that_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert parsed(*scratch).model.size == "small"
     assert "model.width=96 both say" in refusal(*scratch, "model.width=96")
     assert "is of videomae" in refusal(*scratch, "model.name=lsvit")
+    assert parsed(*scratch, "model.name=probe", "model.encoder=videomae").model.size == "small"
+    assert "is of videomae" in refusal(*scratch, "model.name=probe")
+    advice = "set model.name=probe model.encoder=videomae, or leave it out"
+    for word in ("model.pooling=attentive", "model.pooling=statistics", "model.spatial_grid=2"):
+        assert f"{word} is not of model.name=videomae: {advice}" in refusal(word)
+        assert parsed(word, "model.name=probe", "model.encoder=videomae").model.name == "probe"
+    assert parsed("model.pooling=attention").model.name == "videomae"  # never read there, as before
+    assert "is of model.name=frame_vit" in refusal("model.name=probe", "model.pooling=transformer")
+    for word in ("model.statistics=", "model.statistics=std,std"):
+        assert "each once" in refusal("model.name=frame_vit", "model.pooling=statistics", word)
+    assert "videomae has no BatchNorm" in refusal("model.batch_norm=batch")
     assert "would take more than 1 GiB" in refusal("clip.frames=1024", "clip.size=4096")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "below the number of ranks, 4" in refusal("train.global_batch=3")

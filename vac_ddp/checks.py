@@ -13,7 +13,7 @@ import typing
 from typing import Any
 
 from vac_ddp.errors import UserError
-from vac_ddp.settings import ClipSettings, Config, ViewSettings
+from vac_ddp.settings import ClipSettings, Config, ModelSettings, ViewSettings
 
 CLIP_BYTES = 1 << 30  # of one decoded clip; 64 frames of 448 pixels take 39 MB
 PREDICTION = ("data.", "clip.", "model.", "predict.")  # groups that a prediction uses
@@ -77,6 +77,7 @@ def check(config: Config, *, ranks: int | None = None) -> None:
         check_views(views, name)
     _check_data(config)
     _check_model(config)
+    _check_pooling(config.model)
     _check_augmentation(config)
     _check_rates(config)
     world = os.environ.get("WORLD_SIZE", "1")
@@ -139,13 +140,34 @@ def _check_model(config: Config) -> None:
     model = config.model
     if model.size is not None and model.weights is not None:
         raise UserError("model.size is for training from scratch: add model.weights=null, or leave model.size out")
-    if model.size is not None and model.name != "videomae":
+    if model.size is not None and model.family != "videomae":
         raise UserError(f"model.size={model.size} is of videomae, not of model.name={model.name}: leave it out")
     if model.size is not None and model.width is not None:
         raise UserError(
             f"model.size={model.size} and model.width={model.width} both say how wide the model is: "
             "set one of them to null (model.size also gives depth and heads)"
         )
+
+
+def _check_pooling(model: ModelSettings) -> None:
+    """Refuse ways of pooling that the architecture does not have, so that none is ignored silently."""
+    pools = model.name in ("frame_vit", "probe")
+    for name, new in (
+        ("pooling", model.pooling in ("statistics", "attentive")),
+        ("spatial_grid", model.spatial_grid > 1),
+    ):
+        if new and not pools:
+            raise UserError(
+                f"model.{name}={getattr(model, name)} is not of model.name={model.name}: "
+                f"set model.name=probe model.encoder={model.name}, or leave it out"
+            )
+    if model.name == "probe" and model.pooling == "transformer":
+        raise UserError("model.pooling=transformer is of model.name=frame_vit; a probe takes attentive for the order")
+    if not model.statistics or len(set(model.statistics)) < len(model.statistics):
+        shown = ",".join(model.statistics)
+        raise UserError(f"model.statistics={shown}: give some of mean, std, difference, each once")
+    if model.batch_norm == "batch" and model.family == "videomae":
+        raise UserError("model.batch_norm=batch: videomae has no BatchNorm; leave it out")
 
 
 def _check_augmentation(config: Config) -> None:

@@ -206,6 +206,11 @@ class ModelSettings:
     )
     revision: str | None = setting(None, "revision of a hub id")
 
+    @property
+    def family(self) -> str:
+        """The architecture that takes weights and sizes: that of the encoder in a probe."""
+        return self.encoder if self.name == "probe" else self.name
+
 
 @dataclass(kw_only=True)
 class ProbeSettings:

@@ -94,8 +94,8 @@ def _for_decoding(measured: Measured, config: Config) -> list[str]:
 
 def smaller_model(config: Config) -> str:
     """The settings that make this model smaller."""
-    if config.model.name != "videomae":
-        return "a smaller model.backbone" if config.model.name != "hf" else "smaller weights (model.weights)"
+    if config.model.family != "videomae":
+        return "a smaller model.backbone" if config.model.family != "hf" else "smaller weights (model.weights)"
     if config.model.weights is not None:
         return "smaller weights (model.weights=MCG-NJU/videomae-small-finetuned-kinetics)"
     return "model.size=small" if config.model.width is None else "a smaller model.width or model.depth"

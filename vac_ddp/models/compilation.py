@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.batch_norm import statistics_unchanged
 from vac_ddp.models.precision import autocast
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.runtime.torch_compat import uncompile
@@ -58,7 +59,7 @@ def zeros_loss(
     """A loss of zero, with a graph, of a forward pass of `clips` clips of zeros under autocast to `dtype`."""
     pixels = torch.zeros(clips, clip.frames, 3, clip.size, clip.size, device=device)
     noise = torch.full((clips, model.noise_size), 0.5, device=device)
-    with autocast(device, dtype):
+    with autocast(device, dtype), statistics_unchanged(model):
         loss: Tensor = model(pixels, noise).float().sum() * 0.0
     return loss
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.batch_norm import batch_norm_note, batch_norms
 from vac_ddp.models.feature_map import pool_frames
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.pooling import make_pool
@@ -28,8 +29,8 @@ from vac_ddp.settings import ClipSettings, ModelSettings
 class FrameViT(FrameModel):
     """Clips in, logits out: the backbone on every frame, aggregation over time, classifier.
 
-    BatchNorm layers of the backbone keep the statistics they came with, in training too: a clip's result must not
-    depend on the others of its micro-batch. Drop path is for plain ViTs.
+    BatchNorm layers of the backbone keep the statistics they came with, in training too, unless model.batch_norm=batch:
+    a clip's result must not depend on the others of its micro-batch. Drop path is for plain ViTs.
     """
 
     def __init__(self, backbone: Any, num_classes: int, settings: ModelSettings, *, frames: int) -> None:
@@ -40,6 +41,7 @@ class FrameViT(FrameModel):
                 f"model.drop_path={settings.drop_path} is for plain ViTs, not {type(backbone).__name__}: give 0"
             )
         self._checkpointing = 0
+        self.keeps_statistics = settings.batch_norm == "stored"
         self.backbone = backbone
         self.frames, self.spatial_grid = frames, settings.spatial_grid
         pool = make_pool(settings, *self.step_shape)
@@ -59,9 +61,9 @@ class FrameViT(FrameModel):
             self.backbone.set_grad_checkpointing(blocks > 0)
 
     def train(self, mode: bool = True) -> FrameViT:
-        """Training or evaluation mode; BatchNorm stays in the latter."""
+        """Training or evaluation mode; BatchNorm stays in the latter where it is to keep its statistics."""
         super().train(mode)
-        for module in batch_norms(self.backbone):
+        for module in batch_norms(self.backbone) if self.keeps_statistics else ():
             module.eval()
         return self
 
@@ -97,22 +99,12 @@ class FrameViT(FrameModel):
         return {"name": "frame_vit"}
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers of a model."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return [module for module in model.modules() if isinstance(module, kinds)]
-
-
 def build_frame_vit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *, seed: int) -> Loaded:
     """Frame ViT over the timm model `settings.backbone` with settings.weights; all that is new is drawn from `seed`."""
     with seeded(seed):
         backbone, report = create_backbone(settings, size=clip.size)
         model = FrameViT(backbone, num_classes, settings, frames=clip.frames)
-    norms = len(batch_norms(backbone))
-    if norms:
-        report.notes.append(f"{norms} BatchNorm layers keep their statistics in training")
-        if settings.weights is None:
-            report.notes.append("BatchNorm from scratch has no statistics to keep: pretrained weights are advised")
+    report.notes += batch_norm_note(backbone, settings.batch_norm, trained=settings.weights is not None)
     return finish(
         model, report, "classifier" if settings.pooling == "mean" else f"classifier, {settings.pooling} pooling"
     )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.batch_norm import batch_norm_note
 from vac_ddp.models.feature_map import pool_frames
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.timm_backbone import (
@@ -200,6 +201,7 @@ def build_lsvit(settings: ModelSettings, clip: ClipSettings, num_classes: int, *
                 f"model.backbone={settings.backbone} is no plain ViT of timm (vit_*, deit_*), which lsvit needs: "
                 "give one, or model.name=frame_vit"
             )
+        report.notes += batch_norm_note(backbone, settings.batch_norm, trained=settings.weights is not None)
         model = LSViT(backbone, num_classes, settings, mean=report.mean, std=report.std, frames=clip.frames)
     motion = ["SMIF"] * settings.smif + ["LMI"] * settings.lmi
     versioned = [f"{part} (version {settings.lsvit_version})" for part in motion]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vac_ddp.runtime import distributed
@@ -37,6 +37,17 @@ def load_state(module: nn.Module, state: dict[str, Any] | None) -> None:
     if distributed.active():
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace float32 tensors by their mean over the ranks, in place. A collective, but for no tensors."""
+    if not tensors or not distributed.active():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / distributed.world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def sharded_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

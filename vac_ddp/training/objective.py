@@ -89,7 +89,7 @@ def check_settings(config: Config) -> None:
     """Raise UserError for text settings and sizes that the data or the model would refuse, before either is opened."""
     parse_fold(config.data.fold)
     randaugment.parse(config.augment.randaugment)
-    if config.model.name == "videomae" and config.model.weights is None:
+    if config.model.family == "videomae" and config.model.weights is None:
         architecture_of(config.model, config.clip)
 
 

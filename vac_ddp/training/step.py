@@ -19,10 +19,11 @@ from torch import nn
 
 from vac_ddp.data.batch import Batch
 from vac_ddp.models import VideoModel
+from vac_ddp.models.batch_norm import running_statistics, statistics_unchanged
 from vac_ddp.models.compilation import compile_if_it_works, train_pass
 from vac_ddp.models.precision import AUTOCAST, autocast, run_precision
 from vac_ddp.runtime import distributed
-from vac_ddp.runtime.data_parallel import load_state, wrap
+from vac_ddp.runtime.data_parallel import average, load_state, wrap
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.torch_compat import skip_where
 from vac_ddp.settings import Config
@@ -49,6 +50,7 @@ class Stepper:
     precision: str
     compiled: bool
     clips_per_gpu: int
+    statistics: list[torch.Tensor] = field(default_factory=list)  # of BatchNorm layers that follow the micro-batches
     records: deque[StepRecord] = field(default_factory=deque)
     last_end: Any = None  # when the step before ended; None: something else than waiting for data came between
 
@@ -75,7 +77,8 @@ class Stepper:
 
     def zero_weight_pass(self) -> torch.Tensor:
         """Take part in the reduction of gradients with a sample of zeros and weight zero."""
-        loss = self.forward(*self.objective.zeros()).float().sum() * 0.0
+        with statistics_unchanged(self.model):
+            loss = self.forward(*self.objective.zeros()).float().sum() * 0.0
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def warm_up(self) -> None:
@@ -178,6 +181,7 @@ class Stepper:
         elif not bool(record.found_inf):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        average(self.statistics)
         if self.ema is not None:
             self.ema.update(self.model, record.step, record.found_inf)
 
@@ -234,5 +238,6 @@ def make_stepper(
         precision=precision,
         compiled=compiled,
         clips_per_gpu=clips_per_gpu,
+        statistics=running_statistics(model) if config.model.batch_norm == "batch" else [],
     )
     return stepper, meters
