@@ -181,12 +181,23 @@ def test_the_pipeline_puts_the_same_class_on_top(tmp_path):
     assert len(tops) > 1
 
 
-@pytest.mark.parametrize("name", ["lsvit", "frame_vit"])
-def test_other_models_are_refused_for_hugging_face_and_go_to_onnx(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "pooling", "why"),
+    [
+        ("lsvit", "mean", "no class for LSViT"),
+        ("frame_vit", "transformer", "no class for FrameViT"),
+        ("probe", "statistics", "cannot pool features over time"),
+        ("probe", "attentive", "cannot pool features over time"),
+    ],
+)
+def test_other_models_are_refused_for_hugging_face_and_go_to_onnx(tmp_path, name, pooling, why):
     pytest.importorskip("onnxruntime")
-    run = make_run(tmp_path / "run", ModelSettings(name=name, pooling="transformer", **TINY))
+    encoder = "videomae" if pooling == "attentive" else "frame_vit"
+    grid = 2 if name == "probe" else 1
+    model = ModelSettings(name=name, pooling=pooling, encoder=encoder, spatial_grid=grid, **TINY)
+    run = make_run(tmp_path / "run", model)
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"no class for .*--onnx"):
+    with pytest.raises(UserError, match=rf"{why}.*--onnx"):
         export(run, out)
     assert not out.exists()
     lines = export(run, out, onnx=True)

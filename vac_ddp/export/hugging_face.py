@@ -14,6 +14,7 @@ from vac_ddp.export.comparison import Probe
 from vac_ddp.models import VideoModel, file_state
 from vac_ddp.models.hf_adapter import HFClassifier
 from vac_ddp.models.load_report import Loaded
+from vac_ddp.models.probe import Probe as Classifier
 from vac_ddp.models.videomae import VideoMAE
 from vac_ddp.settings import Config
 
@@ -24,6 +25,8 @@ def why_not(model: VideoModel) -> str | None:
     """Why transformers has no class for this model, or None."""
     if isinstance(model, HFClassifier):
         return None
+    if isinstance(model, Classifier):
+        return "its classes cannot pool features over time as a probe does"
     if not isinstance(model, VideoMAE):
         return f"it has no class for {type(model).__name__}"
     arch = model.arch

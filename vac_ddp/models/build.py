@@ -175,7 +175,7 @@ def _refuse_other_model(source: weight_files.Source, settings: ModelSettings) ->
 _ANY_FILE = 1 << 24  # parameters that a model of a file of any size may have
 
 # What a checkpoint's config says of its architecture; the rest (drop path, dropout...) is the new run's to choose.
-_OF_ARCHITECTURE = (
+OF_ARCHITECTURE = (
     "encoder",
     "backbone",
     "width",
@@ -198,8 +198,11 @@ def _load_own(
 ) -> Loaded:
     """A checkpoint of a model that keeps its own names: all of it fits, but perhaps the classifier."""
     saved, facts = (source.config or {}).get("model", {}), source.architecture or {}
-    same = {name: saved[name] for name in _OF_ARCHITECTURE if name in saved}
-    same.setdefault("lsvit_version", 1)  # runs from before there was a second one
+    same = {name: saved[name] for name in OF_ARCHITECTURE if name in saved}
+    if "lsvit" in (settings.name, same.get("encoder")):
+        same.setdefault("lsvit_version", 1)  # runs from before there was a second one
+    given = dataclasses.asdict(settings)
+    replaced = {name: (given[name], value) for name, value in same.items() if value != given[name]}
     mean, std = facts.get("mean") or saved.get("mean"), facts.get("std") or saved.get("std")
     settings = dataclasses.replace(settings, **same, weights=None, mean=settings.mean or mean, std=settings.std or std)
     stored = sum(tensor.numel() for tensor in source.state.values())
@@ -207,7 +210,11 @@ def _load_own(
     loaded = _build_other(settings, clip, len(classes), seed=seed, saved=source.architecture, stored=stored)
     report = put_own(loaded.model, source, classes)
     report.mean, report.std, report.normalisation = loaded.mean, loaded.std, "of the run"
-    return Loaded(model=loaded.model, report=report)
+    report.pooling = loaded.report.pooling
+    texts = {name: ",".join(value) if isinstance(value, list) else value for name, (_, value) in replaced.items()}
+    if texts:
+        report.notes.append("as in the checkpoint: " + " ".join(f"model.{name}={text}" for name, text in texts.items()))
+    return Loaded(model=loaded.model, report=report, replaced=replaced)
 
 
 def _refuse_larger(source: weight_files.Source, stored: int) -> None:

@@ -88,10 +88,12 @@ class Loaded:
     """A model ready to train or predict, and what its load did.
 
     architecture: plain types; saved beside the weights it lets `rebuild_model` build the same model again.
+    replaced: settings of the model that a checkpoint says otherwise: name to (as given, as in the checkpoint).
     """
 
     model: VideoModel
     report: LoadReport
+    replaced: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def mean(self) -> tuple[float, ...]:

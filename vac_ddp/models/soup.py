@@ -73,6 +73,8 @@ def _check_same(first: Source, other: Source) -> None:
         what = f"the class {odd[0]} is in one of them only" if odd else "their order differs"
         raise UserError(f"{first.path} and {other.path} have other classes ({what})")
     pairs = [("model", "name"), *(("clip", name) for name in SAME_CLIP)]
+    if _setting(first, "model", "pooling") == "statistics":  # of another order they have the same shapes
+        pairs += [("model", "pooling"), ("model", "statistics")]
     for group, name in pairs:
         a, b = _setting(first, group, name), _setting(other, group, name)
         if a != b:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 
+from vac_ddp.models.weight_files import SavedSettings
 from vac_ddp.schema import Count, Sha256, Within, check, mismatch
 from vac_ddp.training.optimization import Group
 
@@ -39,7 +40,7 @@ class Facts(TypedDict):
     step: Count
     bytes: Count
     sha256: Sha256
-    config: dict[str, Any]
+    config: SavedSettings
     clips_per_gpu: Positive
     total_steps: Positive
     torch: str
@@ -49,6 +50,7 @@ class Facts(TypedDict):
     hashes: NotRequired[Hashes]
     architecture: NotRequired[dict[str, Any]]
     head: NotRequired[str]
+    replaced: NotRequired[dict[str, Any]]
     precision: NotRequired[str]
     best: NotRequired[BestRecord | None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from vac_ddp import files
 from vac_ddp.errors import UserError
 from vac_ddp.models import Loaded, VideoModel, load_model, rebuild_model
+from vac_ddp.models.build import OF_ARCHITECTURE
 from vac_ddp.models.torch_file import read_torch
 from vac_ddp.report.run_reader import read_classes
 from vac_ddp.runtime import distributed
@@ -63,15 +65,24 @@ class Resumed:
 
 
 def load(config: Config, data: Data, resumed: Resumed) -> Loaded:
-    """The model of a run: with the weights of the settings, or, resumed, ready for those of the checkpoint."""
+    """The model of a run: with the weights of the settings, or, resumed, ready for those of the checkpoint.
+
+    Settings that describe an architecture which the weights bring along become those of `config`.
+    """
     architecture = None if resumed.facts is None else resumed.facts.get("architecture")
-    if architecture is not None:
+    if resumed.facts is not None and architecture is not None:
+        saved = resumed.facts["config"]["model"]
+        kept = {name: saved[name] for name in OF_ARCHITECTURE if name in saved}
+        config.model = dataclasses.replace(config.model, **kept)
         loaded = rebuild_model(config.model, config.clip, data.classes, architecture, seed=config.seed)
-        loaded.report.head = str(resumed.facts and resumed.facts.get("head"))
+        loaded.report.head = str(resumed.facts.get("head"))
+        given = resumed.facts.get("replaced", {})
+        loaded.replaced = {name: (value, kept[name]) for name, value in given.items() if name in kept}
         return loaded
     loaded = distributed.main_first(
         *2 * (lambda: load_model(config.model, config.clip, data.classes, seed=config.seed),)
     )
+    config.model = dataclasses.replace(config.model, **{name: value for name, (_, value) in loaded.replaced.items()})
     if note := seen_by_weights(loaded.report.file, data):
         loaded.report.notes.append(note)
     return loaded

@@ -53,6 +53,7 @@ def make_saver(
             "hashes": {**data_hashes(objective.data), "settings": hash_settings(settings)},
             "architecture": objective.loaded.architecture,
             "head": objective.loaded.report.head,
+            "replaced": {name: given for name, (given, _) in objective.loaded.replaced.items()},
             "precision": stepper.precision,
             "compile": stepper.compiled,
             "shard": config.optim.shard,

@@ -61,6 +61,9 @@ def check_settings(facts: Mapping[str, Any], given: dict[str, Any], path: Path) 
         raise UserError(f"checkpoint {path}: the settings in {path.stem}.json are not those that were saved")
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))  # tuples as lists, as they are saved
     before, now = flat(defaults) | flat(saved), flat(given)
+    for name, value in facts.get("replaced", {}).items():  # the same start gives them again
+        if now.get(f"model.{name}") == value:
+            now[f"model.{name}"] = before[f"model.{name}"]
     for name, value in before.items():
         was_removed(name, value, f"{path}: ")
     notes = []
