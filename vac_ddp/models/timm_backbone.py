@@ -93,6 +93,8 @@ def create_backbone(settings: ModelSettings, *, size: int) -> tuple[Any, LoadRep
     if is_plain_vit(model):
         for i, block in enumerate(model.blocks):
             model.blocks[i] = Block(block)
+    else:
+        model.to(memory_format=torch.channels_last)  # convolutions on a CPU: half of the time for EfficientNet-Lite0
     return model, report
 
 
