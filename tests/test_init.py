@@ -143,6 +143,7 @@ def test_few_videos_or_no_gpu_begin_with_a_probe(
     c = read(here / "train.yaml")
     assert (c.model.name, c.model.encoder, c.model.backbone) == ("probe", "frame_vit", "resnet10t")
     assert c.model.weights == "resnet10t.c3_in1k"
+    assert c.data.val_fraction == 0
     assert (c.clip.frames, c.clip.sampling, c.clip.size) == (16, "segments", 224)
     assert (c.predict.views.windows, c.predict.views.count) == ("spread", 1)
     assert c.probe.folds == 4, "as many as there are groups, where they are fewer than five"

@@ -47,6 +47,9 @@ def data_group(metadata: Metadata, weights: Weights, *, probe: bool) -> str:
         comment = f"  # {why[rule.group_by]}" if rule.group_by in why else ""
         lines += [f"  {f'group_by: {rule.group_by}':<28}{comment}".rstrip()]
     if probe:
+        lines += [
+            "  val_fraction: 0              # every video takes part: the folds of the selection are the validation"
+        ]
         return "\n".join(lines) + "\n"
     lines += ["  val_fraction: 0.2            # 0 for a last training on everything"]
     if max(metadata.counts) > 5 * max(1, min(metadata.counts)):
@@ -75,7 +78,7 @@ def probe_groups(metadata: Metadata, weights: Weights) -> list[str]:
         _clip(metadata, weights.frames, weights.size, 0 if weights.family == "frame_vit" else 4),
         "\n".join(model),
         *(["\n".join(["probe:", *probe, ""])] if probe else []),
-        "predict:\n  views:\n    windows: spread\n    count: 1                   # more views cost time; --views 3x1\n",
+        "predict:\n  views:\n    windows: spread\n    count: 1                   # the centre of the video\n",
     ]
 
 
