@@ -190,6 +190,17 @@ def test_another_model_becomes_the_encoder(place, tmp_path, capsys):
     assert "model.name=frame_vit is the encoder: model.name=probe" in capsys.readouterr().out
 
 
+def test_the_encoder_of_a_run_is_probed_with_its_own_settings(place, run, tmp_path):
+    again, words = tmp_path / "run", [f"model.weights={run}", "model.backbone=vit_small_patch16_224"]
+    probe(arguments(place, again, *words))
+    assert read_run(again, "").settings["model.backbone"] == "test_efficientnet"
+    for name, folder in (("one", run), ("two", again)):
+        predict(["--run", str(folder), "--data", str(place / "data"), "--out", str(tmp_path / name)])
+    one, two = (read_views(tmp_path / name).logits for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)
+    assert main(arguments(place, again, *words, "run.resume=auto")) == 0
+
+
 def test_a_finished_probe_is_not_selected_again(place, run, capsys):
     before = (run / "best_probe.pt").stat().st_mtime_ns
     assert main(arguments(place, run, "run.resume=auto")) == 0

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
     end_imports_quietly()
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -95,8 +96,13 @@ def _is_done(config: Config, *, resumed: bool) -> bool:
         return False
     if not all((folder / name).exists() for name in (BEST, "report.html", "config.yaml")):
         return False
+    from vac_ddp.models.build import OF_ARCHITECTURE
+    from vac_ddp.models.weight_files import is_own
+
     now = settings_io.flat(settings_io.to_dict(config))
-    if changed := differing([read_settings(folder), now], besides=SELECTED):
+    brought = config.model.weights is not None and is_own(config.model.weights)
+    made = [f"model.{name}" for name in OF_ARCHITECTURE] if brought else SELECTED
+    if changed := differing([read_settings(folder), now], besides=made):
         raise UserError(
             f"{folder} holds a probe with other settings ({listed(changed, NAMED)}): set another run.dir, or give "
             "run.overwrite=true to discard it"
@@ -269,7 +275,8 @@ def _write(
     folder, say = session.folder, session.tracker.say
     about = f"{selected.candidate.probe} {selected.candidate}, fitted on {len(selected.videos)} videos"
     loaded = make_model(config, selected.head, data.classes, about)
-    config.model = pooling_settings(selected.head, config.model)
+    of_weights = {name: value for name, (_, value) in loaded.replaced.items()}  # as a run says in model.weights
+    config.model = pooling_settings(selected.head, dataclasses.replace(config.model, **of_weights))
     for line in loaded.report.lines():
         say(line)
     session.tracker.connect(settings_io.to_dict(config), folder.name, None)
