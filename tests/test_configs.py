@@ -30,7 +30,14 @@ def read(name: str) -> Config:
 
 
 def test_all_presets_are_there() -> None:
-    assert {path.stem for path in PRESETS} >= ISSUE | {"quickstart", "debug", "probe_frames"}
+    assert {path.stem for path in PRESETS} >= ISSUE | {
+        "quickstart",
+        "debug",
+        "probe_frames",
+        "finetune_frames",
+        "finetune_videomae",
+        "finetune_vjepa2",
+    }
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -42,10 +49,15 @@ def test_preset_parses_by_path_and_by_name_and_survives_writing(path: Path, tmp_
     assert read(str(again)) == parsed
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+# V-JEPA 2 is built of the config.json beside its weights: tests/test_hf_parity.py has steps of it.
+BUILT = [path for path in PRESETS if path.stem != "finetune_vjepa2"]
+
+
+@pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
 def test_preset_builds_and_takes_a_step(path: Path) -> None:
     """From frame numbers to a gradient, with everything of the preset but the weights and the width."""
     c = read(path.stem)
+    c.train.freeze_depth = min(c.train.freeze_depth, 3)  # the smaller network has fewer layers
     rng = np.random.default_rng(0)
     for n_frames in (1, 24, 300):
         frames = clip_sampling.train_frames(n_frames, c.clip, rng)

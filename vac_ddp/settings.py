@@ -226,7 +226,7 @@ class ProbeSettings:
         ["mean", "mean+std", "mean+difference", "std", "difference", "mean+std+difference"],
         "statistics over time steps that linear probes are tried on (see model.statistics)",
     )
-    ridge: list[float] = setting([30.0, 100.0, 300.0, 1000.0, 3000.0], "ridge penalties", above=0, high=1e12)
+    ridge: list[float] = setting([10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0], "ridge penalties", above=0, high=1e12)
     logistic: list[float] = setting(
         [1e-4, 1e-3, 1e-2, 1e-1], "inverse penalties C of logistic regression", above=0, high=1e12
     )
