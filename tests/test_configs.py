@@ -81,7 +81,7 @@ def test_preset_builds_and_takes_a_step(path: Path) -> None:
 
     groups = make_groups(model, c.optim, c.train.freeze_depth)
     grouped = [parameter for group in groups for parameter in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+    assert len(grouped) == len({id(p) for p in grouped}) == sum(p.requires_grad for p in model.parameters())
     peak, minimum, start = resolve_lr(c.optim, c.train.global_batch, c.augment.repeats)
     total = 10 * c.train.epochs
     warmup = count_warmup_steps(c.optim.warmup_epochs, epochs=c.train.epochs, total_steps=total)
