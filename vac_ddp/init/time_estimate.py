@@ -95,8 +95,9 @@ def forward_seconds(model: VideoModel, config: Config, *, clips: int = 1) -> flo
 
 def forward_flop(model: VideoModel, config: Config) -> float:
     """FLOP of a forward pass of one clip, a multiply-add counting as two; nothing is computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
+
+    from vac_ddp.runtime.torch_compat import FakeTensorMode
 
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
