@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,24 @@ def test_a_fold_is_held_out_as_in_training(place, tmp_path):
     np.testing.assert_allclose(views.logits, again.logits[order], rtol=1e-4, atol=1e-4)
     saved = torch.load(run / "best_probe.pt", weights_only=True)
     assert sum(saved["class_counts"]) == VIDEOS - len(views.ids)
+
+
+def test_videos_without_features_are_named_in_both_splits(place, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    probe(arguments(place, tmp_path / "whole", f"data.train={data}", "data.fold=1/3"))
+    rows = [row.split(",") for row in (tmp_path / "whole" / "split.csv").read_text().splitlines()[1:]]
+    lost = {part: next(row[0] for row in rows if row[3] == part) for part in ("train", "val")}
+    for name in lost.values():
+        for frame in (data / name).iterdir():
+            frame.write_bytes(b"not an image")
+    run = tmp_path / "damaged"
+    probe(arguments(place, run, f"data.train={data}", "data.fold=1/3"))
+    log = (run / "log.txt").read_text()
+    for name in lost.values():
+        assert f"1 videos without features are left out: {name}" in log
+    whole, damaged = (set(read_views(tmp_path / name / "validation.npz").ids) for name in ("whole", "damaged"))
+    assert whole - damaged == {lost["val"]}
 
 
 def test_features_of_another_embedding_are_used_after_a_check(place, run, tmp_path):

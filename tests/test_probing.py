@@ -260,6 +260,14 @@ def test_more_rows_than_a_batch_are_read_in_batches():
     np.testing.assert_array_equal(logits, grid.held_out(np.arange(280), np.arange(280, 300))[0])
 
 
+def test_batches_do_not_depend_on_how_a_grid_is_divided():
+    x, labels, _ = sample(300, width=4, shift=3.0)
+    grid = attentive(x, labels, attentive_lr=[0.03], attentive_weight_decay=[0.0], attentive_seeds=2)
+    together = grid.held_out(np.arange(280), np.arange(280, 300))
+    grid.at_once = 1
+    np.testing.assert_allclose(grid.held_out(np.arange(280), np.arange(280, 300)), together, rtol=1e-3, atol=1e-4)
+
+
 def ordered(videos: int = 60) -> Features:
     """Features that rise in one class and fall in the other: the same steps in another order."""
     rng = np.random.default_rng(0)

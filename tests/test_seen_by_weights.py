@@ -1,4 +1,4 @@
-"""Fine-tuning from weights that saw the validation videos says so: in log, load_report.json and the report."""
+"""Fine-tuning from weights that saw the validation videos: the load report, which log and report print, says so."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.runs import make_videos
+from vac_ddp.config import to_dict
 from vac_ddp.data.split import write_split
+from vac_ddp.models import build_model, file_state
 from vac_ddp.settings import Config
+from vac_ddp.training import resuming
 from vac_ddp.training.data_setup import Data, read_data, seen_by_weights
 
 
@@ -67,3 +71,21 @@ def test_a_damaged_split_is_named_and_ends_nothing(videos: Path, tmp_path: Path)
     (tmp_path / "own" / "split.csv").write_text("nothing\n")
     note = seen_by_weights(str(tmp_path / "own" / "best_probe.pt"), data)
     assert note is not None and "not known" in note and "split.csv" in note
+
+
+def test_the_load_report_of_a_training_has_the_line(videos: Path, tmp_path: Path) -> None:
+    config = Config()
+    config.clip.frames, config.clip.size = 2, 32
+    config.model.weights, config.model.width, config.model.depth, config.model.heads = None, 32, 1, 2
+    first = read(videos, tmp_path / "first", fold="1/3")
+    second = read(videos, tmp_path / "second", fold="2/3")
+    model = build_model(config.model, config.clip, 2)
+    weights = tmp_path / "first" / "best_videomae.pt"
+    content = {"model": file_state(model), "classes": first.classes, "config": to_dict(config)}
+    torch.save({**content, "architecture": model.architecture()}, weights)
+    config.model.weights = str(weights)
+    config.model.width = config.model.depth = config.model.heads = None
+    new = resuming.Resumed(state=None, facts=None, source=None)
+    for data, lines in ((first, 0), (second, 1)):
+        notes = resuming.load(config, data, new).report.notes
+        assert sum("validation videos have their group" in note for note in notes) == lines, notes

@@ -188,7 +188,7 @@ def _embed(config: Config, session: Session, device: torch.device, data: Data, g
 
 
 def _select(config: Config, session: Session, device: torch.device, data: Data, features: Features) -> Selected | None:
-    """The selected probe, on rank 0; the others meet it before every fit, so that none waits longer than one.
+    """The selected probe, on rank 0. All ranks exchange stop requests before every fit, so that none waits longer.
 
     Raises Interrupted on all ranks where one was asked to stop.
     """
@@ -212,10 +212,7 @@ def _select(config: Config, session: Session, device: torch.device, data: Data, 
     def tick() -> None:
         meet(fitting=True)
 
-    videos = data.split.train[~features.failed[data.split.train]]
-    if len(videos) < len(data.split.train):
-        failed = [features.ids[video] for video in data.split.train.tolist() if features.failed[video]]
-        session.tracker.say(f"{len(failed)} videos without features are left out: {listed(failed, NAMED)}")
+    videos = _usable(features, data.split.train, session)
     if not distributed.is_main():
         while meet(fitting=True):
             pass
@@ -245,12 +242,12 @@ def _select(config: Config, session: Session, device: torch.device, data: Data, 
     return selected
 
 
-def _usable(features: Features, videos: list[int], session: Session) -> np.ndarray:
-    """The numbers of those `videos` that have features; the others are named."""
-    failed = [features.ids[video] for video in videos if features.failed[video]]
+def _usable(features: Features, videos: np.ndarray, session: Session) -> np.ndarray:
+    """The numbers of those `videos` that have features; the others are named in the log."""
+    failed = [features.ids[video] for video in videos[features.failed[videos]].tolist()]
     if failed:
-        session.tracker.say(f"{len(failed)} videos without any good frame are left out: {listed(failed, NAMED)}")
-    return np.array([video for video in videos if not features.failed[video]], np.int64)
+        session.tracker.say(f"{len(failed)} videos without features are left out: {listed(failed, NAMED)}")
+    return videos[~features.failed[videos]]
 
 
 # ---------------------------------------------------------------- its files
@@ -280,7 +277,8 @@ def _write(
     for line in loaded.report.lines():
         say(line)
     session.tracker.connect(settings_io.to_dict(config), folder.name, None)
-    views = _views(config, data, features, selected, loaded)
+    validated = _usable(features.val, data.split.val, session)
+    views = _views(config, data, features, selected, loaded, validated)
     write_views(folder / run_files.VALIDATION, views, [views.logits])
     figures = classification_metrics(views.logits.mean(axis=1), views.labels, data.classes).figures()
     _write_metrics(session, selected, figures, seconds)
@@ -304,7 +302,7 @@ def _write(
     nested = f"{selected.nested.accuracy:.4f} ± {selected.nested.error:.4f}"
     say(f"accuracy      {nested} of outer folds, not used for the selection (± SE over {selected.groups} groups)")
     if len(data.split.val):
-        say(f"              {figures['top1']:.4f} of the {len(views.ids)} videos of the validation part")
+        say(f"              {figures['top1']:.4f} of the {len(views.ids)} videos of the validation split")
     say(f"best weights  {best.path}")
     say(f"log, figures  {folder / 'log.txt'}, {folder / 'metrics.jsonl'}, {folder / run_files.VALIDATION}")
     write_report(folder, views, folder / "report.html", index=data.val_index)
@@ -312,12 +310,14 @@ def _write(
     say(f"next          {_next(folder)}", fit=False)
 
 
-def _views(config: Config, data: Data, features: Embedded, selected: Selected, loaded: Loaded) -> Views:
-    """Logits of videos that had no part in them: of the validation part, or, without one, of outer folds."""
+def _views(
+    config: Config, data: Data, features: Embedded, selected: Selected, loaded: Loaded, validated: np.ndarray
+) -> Views:
+    """Logits of videos that were not fitted: of the `validated` ones, or of outer folds without a validation split."""
     from vac_ddp.probing.probe_model import view_logits
 
     if len(data.split.val):
-        source, videos = features.val, data.split.val
+        source, videos = features.val, validated
         logits = view_logits(loaded.model, source, videos)
         groups = source.groups if config.data.val else data.split.groups
         about: dict[str, Any] = {"epoch": 0, "averaged": len(source.views)}

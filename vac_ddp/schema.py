@@ -286,7 +286,8 @@ def stored_zip(path: str | Path, *, remedy: str) -> list[zipfile.ZipInfo]:
 def read_npz(path: str | Path, kind: Any, *, remedy: str) -> dict[str, np.ndarray]:
     """The arrays of an npz file that the TypedDict `kind` declares by `Array`; dtype and shape are checked first.
 
-    Those that are NotRequired may be absent. Raises FileNotFoundError, and UserError for what is no such file.
+    Those that are NotRequired may be absent. Raises FileNotFoundError, and UserError if it
+    is not such a file.
     """
     sizes: dict[str, int] = {}
     found: dict[str, np.ndarray] = {}

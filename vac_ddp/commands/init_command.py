@@ -11,7 +11,7 @@ from vac_ddp.init.settings_file import Asked, write_settings
 
 ABOUT = (
     "Look at a folder of frames and write settings with comments that fit it: a probe on frozen features where videos "
-    "are few or there is no GPU, else fine-tuning. Asks nothing, overwrites nothing."
+    "are few or there is no GPU, else fine-tuning. Never prompts or overwrites a file."
 )
 
 

@@ -17,7 +17,7 @@ TUNED_STEPS = 600  # at least, of pretrained weights on a small set
 
 
 def wants_probe(weights: Weights, *, gpus: int, videos: int) -> bool:
-    """Whether a probe comes first: few videos, no GPU, or a network for whose fine-tuning there is no recipe here."""
+    """Whether a probe comes first: few videos, no GPU, or an encoder other than VideoMAE."""
     if weights.name is None or weights.family == "probe":
         return False
     return not gpus or videos < FEW or weights.family != "videomae"

@@ -20,8 +20,8 @@ def load_model(
 ) -> Loaded:
     """Build the model that the settings name and give it its weights; `settings.weights=None` draws them from `seed`.
 
-    Checkpoints of ours come back bit for bit, with the classifier where the classes are the same. for_features: see
-    `load_videomae`.
+    Checkpoints of ours come back bit for bit, with the classifier if the classes are the same.
+    for_features: see `load_videomae`.
     Raises UserError when weights cannot be had, lack a part of the backbone, or do not fit.
     """
     if settings.name == "probe":

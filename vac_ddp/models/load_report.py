@@ -112,7 +112,7 @@ class Loaded:
 
 
 def match_classes(labels: list[str] | None, count: int, classes: list[str], report: LoadReport) -> list[int] | None:
-    """Which row of a classifier of `count` classes (their names, if known) is which of ours; None: none of them."""
+    """For each of our classes its row in a classifier of `count` classes (named `labels` if known); None: new head."""
     if labels is None:
         if count != len(classes):
             report.head = f"drawn for {len(classes)} classes: the source's has {count}"

@@ -23,7 +23,7 @@ class Probe(VideoModel):
     def __init__(self, encoder: VideoModel, pool: Pool, num_classes: int, settings: ModelSettings) -> None:
         super().__init__()
         self.encoder = encoder
-        self.pool = pool
+        self.pool: nn.Module = pool
         self.head = new_head(pool.out_width, num_classes, scale=settings.head_init_scale)
         self.head_dropout = settings.head_dropout
         self.num_depths = encoder.num_depths
@@ -64,7 +64,7 @@ class Probe(VideoModel):
 
     def keep_encoder(self) -> None:
         """Remove pooling and classifier."""
-        self.pool = nn.Identity()  # type: ignore[assignment]
+        self.pool = nn.Identity()
         del self.head
         self.head_dropout = 0.0
 

@@ -89,6 +89,7 @@ class AttentiveGrid:
         grid = list(
             itertools.product(settings.attentive_lr, settings.attentive_weight_decay, range(settings.attentive_seeds))
         )
+        self.order_seed = seed  # of the batches, which all probes of the grid share, however it is divided
         self.recipe = Recipe(
             lr=[lr for lr, _, _ in grid],
             weight_decay=[decay for _, decay, _ in grid],
@@ -149,7 +150,7 @@ class AttentiveGrid:
         whole = ((self._read(train) - mean) / scale).flatten(0, 1) if small else None
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            order = np.random.default_rng(recipe.seeds[0])
+            order = np.random.default_rng(self.order_seed)
             while True:
                 if whole is not None:
                     yield whole, labels.repeat_interleave(views)

@@ -35,16 +35,16 @@ def make_model(config: Config, head: Head, classes: list[str], about: str) -> Lo
     loaded = load_model(encoder, config.clip, classes, seed=config.seed)
     model, report = loaded.model, loaded.report
     assert isinstance(model, Probe), "model.name is probe"
-    model.pool = make_pool(settings, *model.step_shape, positions=head.position is not None)
-    model.head = nn.Linear(model.pool.out_width, len(classes))
+    model.pool = pool = make_pool(settings, *model.step_shape, positions=head.position is not None)
+    model.head = nn.Linear(pool.out_width, len(classes))
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(head.weight))
         model.head.bias.copy_(torch.from_numpy(head.bias))
-        if isinstance(model.pool, AttentivePool):
+        if isinstance(pool, AttentivePool):
             assert head.query is not None, "attentive"
-            model.pool.query.copy_(torch.from_numpy(head.query))
+            pool.query.copy_(torch.from_numpy(head.query))
             if head.position is not None:
-                model.pool.bias.copy_(torch.from_numpy(head.position))
+                pool.bias.copy_(torch.from_numpy(head.position))
     report.notes = [note for note in report.notes if not note.startswith("new: ")]
     report.missing = [name for name in report.missing if name.startswith("encoder.")]
     report.pooling, report.head = pooling_text(settings, model.step_shape[0]), about

@@ -121,7 +121,7 @@ def write_features(
 def read_features(path: str | Path) -> Features:
     """Read a features file, or the one in a folder; pooled and steps are memory-mapped, read-only.
 
-    Everything is checked once, features included. UserError if there is no such file, or it is not a good one.
+    Everything is checked once, features included. UserError if the file is missing or invalid.
     """
     path = Path(path).expanduser()
     if path.is_dir():

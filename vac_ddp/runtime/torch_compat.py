@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401 - for vac_ddp.init
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # re-exported
 
 
 def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: Tensor | float) -> None:

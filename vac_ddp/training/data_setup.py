@@ -79,7 +79,7 @@ def check_labels(labels: torch.Tensor, num_classes: int, names: list[str]) -> No
 def seen_by_weights(file: str | None, data: Data) -> str | None:
     """A line on validation videos whose group the initial weights were trained on, by the split.csv beside `file`.
 
-    None where there is no such video, the weights' run had other videos, or validation has a folder of its own.
+    None if there is none, if the weights are of a run on other videos, or if data.val is set.
     """
     split = Path(file).parent / "split.csv" if file else None
     if split is None or not split.exists() or data.val_index is not data.index:
