@@ -148,7 +148,7 @@ def test_garbage_is_collected_by_hand_inside_and_by_itself_after() -> None:
 
 FAULTS = """
 import ctypes, resource, sys, torch
-from vac_ddp.training.meters import GIB, keep_freed_memory
+from vac_ddp.runtime.host_memory import GIB, keep_freed_memory
 how, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if how == "kept":
     keep_freed_memory()

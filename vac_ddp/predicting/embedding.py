@@ -25,6 +25,7 @@ from vac_ddp.predicting.part_files import Output
 from vac_ddp.predicting.task import Task, costs_of
 from vac_ddp.results.features_file import NAME, Features, FeaturesHead, read_features, write_features
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.host_memory import keep_freed_memory
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import say
 from vac_ddp.runtime.signals import StopRequest
@@ -70,6 +71,8 @@ def embed_folder(request: Request, device: torch.device, *, labelled: bool, stop
         for note in index.notes:
             say(note)
         scorer, report = open_encoder(config, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         task = make_task(request, index, scorer, report)
         shape = " x ".join(map(str, scorer.model.step_shape))
         say(f"encoder      {task.fingerprint['encoder']}, {shape} features; weights {report.source} ({report.kind})")

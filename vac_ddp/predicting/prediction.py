@@ -21,6 +21,7 @@ from vac_ddp.results import averaging
 from vac_ddp.results.logits_file import Views, read_views
 from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.host_memory import keep_freed_memory
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import say
 from vac_ddp.runtime.signals import StopRequest
@@ -68,6 +69,8 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
         ids, classes = task.head.ids, task.head.classes
         distributed.main_first(lambda: check_submission(ids, classes, config, request.sample), lambda: None)
         scorer = open_scorer(config, source, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         stop.install()
         PROCESS.watch(config.health.start_timeout_s)
         try:

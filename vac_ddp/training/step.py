@@ -24,11 +24,12 @@ from vac_ddp.models.compilation import compile_if_it_works, train_pass
 from vac_ddp.models.precision import AUTOCAST, autocast, run_precision
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.data_parallel import average, load_state, wrap
+from vac_ddp.runtime.host_memory import keep_freed_memory
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.torch_compat import skip_where
 from vac_ddp.settings import Config
 from vac_ddp.training.ema import Ema
-from vac_ddp.training.meters import Meters, clip_flops, keep_freed_memory, matmul_rate
+from vac_ddp.training.meters import Meters, clip_flops, matmul_rate
 from vac_ddp.training.micro_batch_fit import auto_clips_per_gpu
 from vac_ddp.training.objective import Classification, Prepared
 from vac_ddp.training.optimization import make_groups, make_optimizer, set_lr
