@@ -319,5 +319,10 @@ def test_c21_unusual_frames_and_names(prepare: Callable[..., Path], tmp_path: Pa
     assert "-1" not in said.split("12.jpg: ")[1].splitlines()[0]
     said = vac("init", data, "--out", tmp_path / "my settings.yaml", cwd=tmp_path).stdout
     commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  vac ")]
-    assert commands == [["vac", "audit", str(data)], ["vac", "train", "--config", str(tmp_path / "my settings.yaml")]]
+    settings = ["--config", str(tmp_path / "my settings.yaml")]
+    assert commands == [
+        ["vac", "audit", str(data), *settings],
+        ["vac", "probe", *settings],
+        ["vac", "init", str(data), "--weights", f"runs/{data.name}_probe", "--out", "finetune.yaml"],
+    ]
     vac("train", *TINY_RUN, f"data.train={data}", cwd=tmp_path)
