@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -44,7 +45,11 @@ def test_a_rank_that_is_stuck_in_native_code_ends_all(place: Workplace, library:
     status = place.status(run)
     assert status["status"] == 1
     if library == "CDLL":
-        assert f"rank {rank}: no progress for 6 s after step 5; its main thread is in block (" in status["message"]
+        said = re.match(
+            r"rank (\d): no progress for (\d+) s after step 5; its main thread is in block \(", status["message"]
+        )
+        assert said is not None and int(said[1]) == rank, status["message"]
+        assert 6 <= int(said[2]) <= 60  # a busy machine may look later than after the limit
     else:
         assert f"rank {rank} does not answer" in status["message"]
     assert told(done.stderr)[0] == f"vac: {status['message']}"
