@@ -144,8 +144,10 @@ def test_few_videos_or_no_gpu_begin_with_a_probe(
     assert (c.model.name, c.model.encoder, c.model.backbone) == ("probe", "frame_vit", "resnet10t")
     assert c.model.weights == "resnet10t.c3_in1k"
     assert c.data.val_fraction == 0
-    assert (c.clip.frames, c.clip.sampling, c.clip.size) == (16, "segments", 224)
-    assert (c.predict.views.windows, c.predict.views.count) == ("spread", 1)
+    preset = config.read_yaml(config.find_config("probe_frames"))
+    assert c.clip == preset.clip
+    assert c.predict.views == preset.predict.views
+    assert c.predict.views.flip
     assert c.probe.folds == 4, "as many as there are groups, where they are fewer than five"
     said = capsys.readouterr().out
     assert "  vac audit data_train --config train.yaml --test data_test\n  vac probe --config train.yaml\n" in said
@@ -282,6 +284,14 @@ augment:
   flip: 0.5                    # as a comment says
 optim:
   lr: 1.0e-4
+train:
+  epochs: 5
+  freeze_depth: 16             # of another network
+val:
+  flip: true
+predict:
+  views:
+    flip: true                 # as a comment says
 run:
   dir: runs/finetuned
 """
@@ -292,6 +302,7 @@ def test_from_a_probe_the_preset_for_fine_tuning_fits_the_data(here: Path, monke
     monkeypatch.setattr(config, "PRESETS", here)
     c = Config()
     c.clip.frames, c.clip.size = 2, 32
+    c.clip.sampling, c.data.fold, c.data.val_fraction = "segments", "2/3", 0.0
     c.model = ModelSettings(name="probe", backbone="resnet10t", weights=None)
     probe = load_model(c.model, c.clip, ["turn_left", "turn_right"], seed=0)
     content = {"classes": ["turn_left", "turn_right"], "config": config.to_dict(c), "architecture": probe.architecture}
@@ -302,7 +313,9 @@ def test_from_a_probe_the_preset_for_fine_tuning_fits_the_data(here: Path, monke
     tuned = read(here / "finetune.yaml")
     assert (tuned.model.name, tuned.model.weights, tuned.optim.lr) == ("probe", "runs/probe", 1e-4)
     assert tuned.data.group_regex == r"^(.+)_clip\d+$"
-    assert tuned.augment.flip == 0, "left and right make the class"
+    assert (tuned.data.fold, tuned.data.val_fraction) == ("2/3", 0), "the probe was fitted on the other folds"
+    assert (tuned.clip, tuned.model.backbone, tuned.train.freeze_depth) == (c.clip, "resnet10t", 0)
+    assert not (tuned.augment.flip or tuned.val.flip or tuned.predict.views.flip), "left and right make the class"
     assert tuned.run.dir == "runs/data"
 
 

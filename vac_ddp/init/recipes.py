@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -9,10 +10,12 @@ import statistics
 
 from vac_ddp.config import find_config
 from vac_ddp.init.dataset_metadata import Metadata
-from vac_ddp.init.weights_choice import FEW, Weights
+from vac_ddp.init.weights_choice import FEW, IMAGE_BACKBONE, Weights
+from vac_ddp.settings import ClipSettings, Config
 
 SMALL_STEPS = 3600  # of a small model from scratch: what scratch_small was tuned with
 FINETUNE = {"frame_vit": "finetune_frames", "videomae": "finetune_videomae", "hf": "finetune_vjepa2"}  # presets
+PROBE_FRAMES = 24  # of an image network: as the preset probe_frames
 TUNED_STEPS = 600  # at least, of pretrained weights on a small set
 
 
@@ -51,7 +54,10 @@ def data_group(metadata: Metadata, weights: Weights, *, probe: bool) -> str:
             "  val_fraction: 0              # every video takes part: the folds of the selection are the validation"
         ]
         return "\n".join(lines) + "\n"
-    lines += ["  val_fraction: 0.2            # 0 for a last training on everything"]
+    if weights.family == "probe" and weights.run is not None:
+        lines += _split_of(weights.run)
+    else:
+        lines += ["  val_fraction: 0.2            # 0 for a last training on everything"]
     if max(metadata.counts) > 5 * max(1, min(metadata.counts)):
         lines += ["  balance: class               # the classes' sizes differ by more than five times"]
     if not weights.name and metadata.videos * statistics.mean(metadata.lengths) < 50_000:
@@ -59,8 +65,17 @@ def data_group(metadata: Metadata, weights: Weights, *, probe: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _split_of(run: Config) -> list[str]:
+    """The split of the run that a probe was fitted by: what it was fitted on can't validate."""
+    lines = [
+        f"  {f'val_fraction: {run.data.val_fraction:g}':<28} # as the probe's: what it was fitted on can't validate"
+    ]
+    given = {"val": run.data.val, "fold": run.data.fold}
+    return lines + [f"  {name}: {text(value)}" for name, value in given.items() if value]
+
+
 def probe_groups(metadata: Metadata, weights: Weights) -> list[str]:
-    """A probe on the frozen network: one centre view of each video, or its frames from the first to the last."""
+    """A probe on the frozen network: one view of each video and its mirror image, as the preset probe_frames."""
     model = [
         "model:",
         "  name: probe",
@@ -74,29 +89,61 @@ def probe_groups(metadata: Metadata, weights: Weights) -> list[str]:
         probe += [f"  {f'folds: {groups}':<28} # as many as there are groups"]
     if weights.family == "hf":
         probe += ["  probes: [ridge, logistic, attentive]  # features of V-JEPA 2 should not only be averaged"]
+    frames, max_stride = (PROBE_FRAMES, 0) if weights.family == "frame_vit" else (weights.frames, 4)
+    clip = _clip(metadata, frames, weights.size, max_stride)
     return [
-        _clip(metadata, weights.frames, weights.size, 0 if weights.family == "frame_vit" else 4),
+        clip,
         "\n".join(model),
         *(["\n".join(["probe:", *probe, ""])] if probe else []),
-        "predict:\n  views:\n    windows: spread\n    count: 1                   # the centre of the video\n",
+        _probe_views(metadata, clip),
     ]
 
 
+def _probe_views(metadata: Metadata, clip: str) -> str:
+    """The middle of every video, mirrored as well unless left and right make the class."""
+    windows, what = ("phases", "of every segment") if "sampling: segments" in clip else ("spread", "of the video")
+    lines = ["predict:", "  views:", f"    {f'windows: {windows}':<26} # the middle {what}", "    count: 1"]
+    return "\n".join([*lines, _flip(metadata, "    ", off="false", on="true"), ""])
+
+
 def finetune_groups(metadata: Metadata, weights: Weights) -> list[str]:
-    """The preset for fine-tuning from a probe on such an encoder, with the run's weights and the flip that fits."""
+    """The preset for fine-tuning from a probe on such an encoder, with the probe's weights and clips."""
     preset = find_config(FINETUNE.get(weights.encoder or "", "finetune_frames")).read_text(encoding="utf-8")
     groups = []
     for group in re.split(r"^(?=\w+:)", preset, flags=re.MULTILINE)[1:]:
         name = group.partition(":")[0]
         if name in ("data", "run"):
             continue
-        if name == "model":
-            group = re.sub(r"^  weights:.*\n", "", group, flags=re.MULTILINE).rstrip()
-            group += f"\n  weights: {text(weights.name or '')}\n"
+        if name == "clip" and weights.run is not None:
+            group = _same_clip(weights.run.clip)
+        elif name == "model":
+            group = _without(group, "weights|backbone")
+            group += f"  backbone: {weights.backbone}\n" if weights.backbone else ""
+            group += f"  weights: {text(weights.name or '')}\n"
         elif name == "augment" and metadata.sided:
-            group = re.sub(r"^  flip:.*\n", "", group, flags=re.MULTILINE).rstrip() + f"\n{_flip(metadata)}\n"
+            group = f"{_without(group, 'flip')}{_flip(metadata)}\n"
+        elif name in ("val", "predict") and metadata.sided:
+            group = group.replace("flip: true", "flip: false")
+        elif name == "train" and weights.backbone != IMAGE_BACKBONE:
+            group = _without(group, "freeze_depth")  # a number of that network's layers
         groups.append(group.rstrip() + "\n")
     return groups
+
+
+def _without(group: str, names: str) -> str:
+    """A group without the settings of these names."""
+    return re.sub(rf"^  ({names}):.*\n", "", group, flags=re.MULTILINE).rstrip() + "\n"
+
+
+def _same_clip(clip: ClipSettings) -> str:
+    """The clips of a run, as YAML: what is not by default."""
+    default = ClipSettings()
+    lines = [f"  {'frames'}: {clip.frames:<20} # as the probe"]
+    for field in dataclasses.fields(clip):
+        value = getattr(clip, field.name)
+        if field.name != "frames" and value != getattr(default, field.name):
+            lines += [f"  {field.name}: {value}"]
+    return "\n".join(["clip:", *lines, ""])
 
 
 def tuned_groups(metadata: Metadata, weights: Weights, *, train: int) -> list[str]:
@@ -154,10 +201,11 @@ def _clip(metadata: Metadata, frames: int, size: int, max_stride: int) -> str:
     return "\n".join([*lines, f"  size: {size}", ""])
 
 
-def _flip(metadata: Metadata) -> str:
+def _flip(metadata: Metadata, indent: str = "  ", *, off: str = "0", on: str = "0.5") -> str:
+    width = 30 - len(indent)
     if metadata.sided:
-        return f"  flip: 0                      # left and right may make these: {', '.join(metadata.sided[:4])}"
-    return "  flip: 0.5                    # 0 where left and right make the class"
+        return f"{indent}{f'flip: {off}':<{width}} # left and right may make these: {', '.join(metadata.sided[:4])}"
+    return f"{indent}{f'flip: {on}':<{width}} # {off} where left and right make the class"
 
 
 def _even(train: int, videos: int) -> str:

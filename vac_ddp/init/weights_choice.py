@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vac_ddp.config import from_dict
 from vac_ddp.errors import UserError
+from vac_ddp.settings import Config
 
 TUNED, SELF_SUPERVISED = "MCG-NJU/videomae-base-finetuned-kinetics", "MCG-NJU/videomae-base"
 IMAGE_WEIGHTS, IMAGE_BACKBONE = "tf_efficientnet_lite0.in1k", "tf_efficientnet_lite0"
@@ -25,7 +27,7 @@ class Weights:
 
     name: as model.weights takes it, None for training from scratch; family: model.name of the network; backbone: its
     timm name (family frame_vit); encoder: the family below a probe; tuned: trained to classify, not by self-supervision
-    alone; frames, size: of its clips.
+    alone; frames, size: of its clips; run: the settings of the run that the weights are of.
     """
 
     name: str | None
@@ -36,6 +38,7 @@ class Weights:
     tuned: bool = True
     frames: int = 16
     size: int = 224
+    run: Config | None = None
 
 
 def choose_weights(gpus: int, videos: int) -> Weights:
@@ -129,14 +132,19 @@ def _by_name(asked: str) -> Weights:
 
 
 def _of_run(asked: str, source: Any) -> Weights:
-    saved, clip = source.config.get("model", {}), source.config.get("clip", {})
-    family = (source.architecture or {}).get("name") or saved.get("name", "videomae")
-    frames, size = (clip.get(name, default) for name, default in (("frames", 16), ("size", 224)))
+    run = from_dict(source.config or {}, where=str(source.path))
+    family = (source.architecture or {}).get("name") or run.model.name
+    encoder = run.model.encoder if family == "probe" else None
     return Weights(
-        name=asked, why="the best weights of a run", family=family, backbone=saved.get("backbone"),
-        encoder=saved.get("encoder") if family == "probe" else None,
-        frames=frames if isinstance(frames, int) else 16, size=size if isinstance(size, int) else 224,
-    )  # fmt: skip
+        name=asked,
+        why="the best weights of a run",
+        family=family,
+        backbone=run.model.backbone if (encoder or family) in ("frame_vit", "lsvit") else None,
+        encoder=encoder,
+        frames=run.clip.frames,
+        size=run.clip.size,
+        run=run,
+    )
 
 
 def _of_directory(asked: str, config: dict[str, Any], state: dict[str, Tensor]) -> Weights:
