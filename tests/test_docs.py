@@ -92,7 +92,7 @@ def test_commands_of_the_page_run(page: Path, world: Path, tmp_path: Path) -> No
         ran += 1
     for number, command in enumerate(docs.whole_inline_commands(page)):
         words = docs.in_small(command.text, 1)
-        if words[0] == "train" and not any(word.startswith(("run.dir=", "--help")) for word in words):
+        if words[0] in ("train", "probe") and not any(word.startswith(("run.dir=", "--help")) for word in words):
             words.append(f"run.dir=runs/inline{number}")
         status, said = in_child(tmp_path, lambda words=words: cli.main(words))
         assert good(words[0], status), f"{command}\nas: vac {' '.join(words)}\nended with {status}\n{said[-3000:]}"
