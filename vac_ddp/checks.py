@@ -80,6 +80,7 @@ def check(config: Config, *, ranks: int | None = None) -> None:
     _check_pooling(config.model)
     _check_augmentation(config)
     _check_rates(config)
+    _check_tokens(config)
     world = os.environ.get("WORLD_SIZE", "1")
     ranks = ranks if ranks is not None else int(world) if world.isdecimal() else 1
     if config.train.global_batch < ranks:
@@ -177,6 +178,20 @@ def _check_augmentation(config: Config) -> None:
             raise UserError(f"augment.{name}={low},{high}: the first must not be above the second")
     if batch % augment.repeats:
         raise UserError(f"train.global_batch={batch} must be a multiple of augment.repeats={augment.repeats}")
+
+
+def _check_tokens(config: Config) -> None:
+    train = config.train
+    if train.keep_tokens < 1 and config.model.name != "videomae":
+        raise UserError(
+            f"train.keep_tokens={train.keep_tokens}: only VideoMAE can leave tokens out; set train.keep_tokens=1 for "
+            f"model.name={config.model.name}"
+        )
+    if train.keep_tokens < 1 and train.full_token_epochs >= train.epochs and train.max_steps is None:
+        raise UserError(
+            f"train.full_token_epochs={train.full_token_epochs} leaves none of train.epochs={train.epochs} with "
+            f"train.keep_tokens={train.keep_tokens}: lower it, or set train.keep_tokens=1"
+        )
 
 
 def _check_rates(config: Config) -> None:

@@ -297,6 +297,13 @@ class TrainSettings:
         0, "blocks from below whose activations are computed again in the backward pass", low=0, high=1000
     )
     compile: bool | None = setting(None, "compile the blocks; default: on CUDA only")
+    keep_tokens: float = setting(
+        1.0, "part of a clip's tokens that is computed (videomae); validation computes all", above=0, high=1
+    )
+    keep_policy: Literal["random", "motion"] = setting(
+        "random", "which tokens are kept: random ones, or those that differ most from one time step earlier"
+    )
+    full_token_epochs: int = setting(0, "last epochs with all tokens", low=0, high=10**6)
     bf16_reduce: bool = setting(False, "all-reduce gradients in bfloat16")
     val_every: int = setting(1, "epochs between validations; the last one is always validated", low=1, high=10**6)
 
@@ -371,6 +378,9 @@ class PredictSettings:
     )
     average: Literal["mean-logits", "mean-probs"] = setting(
         "mean-logits", "what is averaged over a video's views: logits, or probabilities as the official test does"
+    )
+    keep_tokens: float = setting(
+        1.0, "part of a clip's tokens that is computed (videomae): those in motion", above=0, high=1
     )
     compile: bool | None = setting(None, "compile the blocks; default: on CUDA, for 2000 clips and more")
     save_every: int = setting(50, "videos between saves of what is done, a rank", low=1, high=10**9)

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """How many tokens of every clip are computed, and by which policy (`random` or `motion`) they are chosen."""
+
+    count: int
+    policy: str
 
 
 class VideoModel(nn.Module, ABC):
@@ -25,11 +34,22 @@ class VideoModel(nn.Module, ABC):
     num_depths: depths for layer decay and freezing, embedding and head included.
     checkpointing: blocks from below whose activations are recomputed in the backward pass; may be set at any time.
     spatial_grid: regions a side that `steps` averages each time step over; set before the model is used.
+    token_count: tokens of a clip of which it can leave some out; 0: it computes all.
+    train_tokens, eval_tokens: those computed in passes with and without noise (None: all), where `all_tokens` is false;
+    train_tokens is set before noise is made.
     """
 
     num_depths: int
     checkpointing: int
     spatial_grid: int = 1
+    train_tokens: KeptTokens | None = None
+    eval_tokens: KeptTokens | None = None
+    all_tokens: bool = False
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of a clip that can be left out."""
+        return 0
 
     @property
     @abstractmethod

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vac_ddp.errors import UserError
+from vac_ddp.models.kept_tokens import moving_tokens, random_tokens
 from vac_ddp.models.video_model import (
     VideoModel,
     add_branch,
@@ -100,8 +101,9 @@ class Block(nn.Module):
 class VideoMAE(VideoModel):
     """Clips in, logits out.
 
-    `noise_size` numbers a sample make the masks: two a block if drop_path > 0, then `width` for the head's
-    dropout if head_dropout > 0. drop_path rises linearly from 0 at the first block to the given value at the last.
+    `noise_size` numbers a sample make the masks: two a block if drop_path > 0, then `width` for the head's dropout if
+    head_dropout > 0, then one a token where training keeps random ones. drop_path rises linearly from 0 at the first
+    block to the given value at the last.
     The position table is a buffer that is not saved: it follows from the architecture.
     """
 
@@ -133,7 +135,17 @@ class VideoMAE(VideoModel):
     @property
     def noise_size(self) -> int:
         """Random numbers in [0, 1) that a sample brings."""
-        return len(self.drop_rates) + (self.arch.width if self.head_dropout > 0 else 0)
+        drawn = self.train_tokens is not None and self.train_tokens.policy == "random"
+        return len(self.drop_rates) + self._head_noise + (self.token_count if drawn else 0)
+
+    @property
+    def _head_noise(self) -> int:
+        return self.arch.width if self.head_dropout > 0 else 0
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of a clip; 0 where the classifier reads the first one alone."""
+        return math.prod(self.arch.grids[-1]) if self.arch.pooling == "mean" else 0
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) float32 of clips (B, T, 3, H, W), normalised floats.
@@ -143,9 +155,12 @@ class VideoMAE(VideoModel):
         return self.classify(self.encode(clips, noise), noise)
 
     def encode(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) of clips (B, T, 3, H, W) behind the last block, before the final norm."""
+        """Tokens (B, N, D) of clips (B, T, 3, H, W) behind the last block, before the final norm.
+
+        N are all tokens, or those that are kept (see `VideoModel`).
+        """
         keep = keep_factors(noise, self.drop_rates)
-        return run_blocks(self.blocks, self.embed(clips), keep=keep, checkpointing=self.checkpointing)
+        return run_blocks(self.blocks, self.embed(clips, noise), keep=keep, checkpointing=self.checkpointing)
 
     def steps(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
         """Features (B, T', D) float32 of each tubelet: the tokens after the final norm, averaged over space."""
@@ -169,8 +184,8 @@ class VideoMAE(VideoModel):
         del self.head
         self.head_dropout = 0.0
 
-    def embed(self, clips: Tensor) -> Tensor:
-        """Tokens (B, N, D) with their positions.
+    def embed(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) with their positions: all, or those that are kept (see `VideoModel`).
 
         The convolution's kernel is its stride: cutting the patches out and one matrix product are faster. They are cut
         with the channels of a pixel as neighbours, as `normalize` leaves them in memory: in runs of a patch's row.
@@ -182,16 +197,31 @@ class VideoMAE(VideoModel):
             raise ValueError(f"clips are {tuple(clips.shape[1:])}, the model takes (T, C, H, W) = {want}")
         cubes = clips.movedim(2, -1).reshape(batch, frames // t, t, height // p, p, width // p, p * 3)
         cubes = cubes.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, -1, t * p * p * 3)
+        positions = self.positions
+        chosen = self._chosen(cubes, noise)
+        if chosen is not None:
+            cubes = cubes.gather(1, chosen[:, :, None].expand(-1, -1, cubes.shape[2]))
+            positions = positions[chosen]
         weight = self.patch_embed.weight.view(-1, 3, t, p, p).permute(0, 2, 3, 4, 1).flatten(1)
         tokens = F.linear(cubes, weight, self.patch_embed.bias)
-        return tokens + self.positions.to(tokens.dtype)
+        return tokens + positions.to(tokens.dtype)
+
+    def _chosen(self, cubes: Tensor, noise: Tensor | None) -> Tensor | None:
+        """Numbers (B, n) of the tokens that are computed; None for all."""
+        kept = self.eval_tokens if noise is None else self.train_tokens
+        if kept is None or self.all_tokens:
+            return None
+        if noise is None or kept.policy == "motion":
+            return moving_tokens(cubes, self.arch.grids[-1][0], kept.count)
+        return random_tokens(noise[:, -self.token_count :], kept.count)
 
     def classify(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) of tokens (B, N, D), in float32 also under autocast."""
         with full_precision(x.device):
             pooled = x.float().mean(1) if self.arch.pooling == "mean" else x[:, 0].float()
             pooled = self.fc_norm(pooled)
-        head_noise = None if noise is None else noise[:, len(self.drop_rates) :]
+        drops = len(self.drop_rates)
+        head_noise = None if noise is None else noise[:, drops : drops + self._head_noise]
         return classify(self.head, pooled, head_noise, self.head_dropout)
 
     def compiled_modules(self) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from vac_ddp.version import installed
 FORMAT = "2"
 RECORDED_AT_FIRST = ("weights", "data", "precision")
 SETTINGS = ("clip.", "predict.views.", "data.reduced_decode", "data.frame_pattern", "predict.compile")
+LATER = ("predict.keep_tokens",)  # settings of a later version: recorded where they are not the default
 SAMPLED = 100  # videos of which a frame is hashed
 LIBRARIES = ("torch", "simplejpeg", "pillow", "pillow-simd", "torchvision")  # they compute, decode or resample
 
@@ -39,6 +40,7 @@ def fingerprint(
         "device": device,
         "precision": precision,
         **{_short(name): str(_value(config, name)) for name in leaves() if name.startswith(SETTINGS)},
+        **{name: str(_value(config, name)) for name in LATER if _value(config, name) != _value(Config(), name)},
         "versions": ", ".join([f"vac_ddp {version}", *(f"{name} {installed(name) or 'none'}" for name in LIBRARIES)]),
     }
 

@@ -13,6 +13,7 @@ from vac_ddp.data.normalization import normalize
 from vac_ddp.errors import UserError
 from vac_ddp.models import Loaded, LoadReport, load_model
 from vac_ddp.models.compilation import compile_if_it_works
+from vac_ddp.models.kept_tokens import kept_tokens
 from vac_ddp.models.precision import AUTOCAST, autocast, precision_of
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.models.weight_files import Source
@@ -65,6 +66,9 @@ def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
     loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
     if loaded.report.missing:
         raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
+    loaded.model.eval_tokens = kept_tokens(
+        loaded.model, config.predict.keep_tokens, "motion", setting="predict.keep_tokens"
+    )
     return _scorer(loaded, config, device)
 
 
@@ -77,6 +81,10 @@ def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadRepo
     def load() -> Loaded:
         return load_model(config.model, config.clip, ["removed", "with the classifier"], seed=config.seed)
 
+    if config.predict.keep_tokens < 1:
+        raise UserError(
+            f"predict.keep_tokens={config.predict.keep_tokens}: features are of all tokens; set predict.keep_tokens=1"
+        )
     loaded = distributed.main_first(load, load)  # rank 0 downloads
     loaded.model.keep_encoder()
     scorer = _scorer(loaded, config, device)

@@ -20,6 +20,7 @@ from vac_ddp.data.mixing import mix, soft_targets
 from vac_ddp.data.split import parse_fold
 from vac_ddp.models import Loaded
 from vac_ddp.models.build import architecture_of
+from vac_ddp.models.kept_tokens import kept_tokens
 from vac_ddp.settings import Config
 from vac_ddp.training.data_setup import Data
 
@@ -48,8 +49,17 @@ class Classification:
     def __init__(self, config: Config, data: Data, loaded: Loaded, device: torch.device) -> None:
         self.config, self.data, self.loaded, self.device = config, data, loaded, device
         self.model = loaded.model.to(device)
+        train = config.train
+        self.model.train_tokens = kept_tokens(
+            self.model, train.keep_tokens, train.keep_policy, setting="train.keep_tokens"
+        )
+        self.model.all_tokens = train.full_token_epochs > 0  # what is tried before the first epoch is the larger pass
         self.mean, self.std = tuple(loaded.mean), tuple(loaded.std)
         self.class_weights = _class_weights(data, device) if config.train.class_weights != "none" else None
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Epoch number `epoch`, from 0, of `epochs` begins: the last ones may be with all tokens."""
+        self.model.all_tokens = epoch >= epochs - self.config.train.full_token_epochs
 
     def dataset(self) -> TrainClips:
         """The data set of the loader processes."""

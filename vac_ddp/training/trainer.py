@@ -189,6 +189,7 @@ class Trainer:
         done = sum(clips[: where.step_in_epoch])
         self.tracker.progress(f"epoch {where.epoch + 1}/{self.schedule.epochs}", sum(clips), done)
         sampler.set_epoch(where.epoch, start_step=where.step_in_epoch)
+        self.objective.begin_epoch(where.epoch, self.schedule.epochs)
         batches = to_device(self.loader, self.stepper.device)
         self.log.begin_epoch()
         self.stepper.last_end = None

@@ -68,6 +68,12 @@ class TrainingLog:
             f"global batch {batch} = {world} rank{'s' if world > 1 else ''} x "
             f"{stepper.clips_per_gpu} clips x {accumulation}; peak lr {peak:.3g}"
         )
+        if kept := stepper.model.train_tokens:
+            last = self.config.train.full_token_epochs
+            say(
+                f"tokens       {kept.count} of {stepper.model.token_count} a clip, {kept.policy}"
+                + (f"; all in the last {last} epochs" if last else "")
+            )
         say(self.meters.start_line())
         say(f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.total_steps} steps in all")
 
