@@ -177,7 +177,8 @@ def clips(options: Any, folder: Path) -> tuple[dict[str, Any], list[str]]:
     folds, seeds, epochs = (2, 1, 1) if options.dry else (5, 3, options.epochs)
     common = [
         "--config", "scratch_small", f"data.train={options.data.resolve()}", f"data.cache={folder / 'cache'}",
-        "clip.frames=16", "clip.sampling=dense", "clip.stride=2", "clip.size=96", f"train.epochs={epochs}", "log.wandb=disabled",
+        "clip.frames=16", "clip.sampling=dense", "clip.stride=2", "clip.size=96",
+        f"train.epochs={epochs}", "log.wandb=disabled",
         f"train.val_every={epochs}", "val.windows=spread", "val.count=3",
         "optim.warmup_epochs=0" if options.dry else "optim.warmup_epochs=3",
     ]  # fmt: skip
