@@ -25,6 +25,7 @@ from vac_ddp.data.mixing import mix, soft_targets
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import UserError
 from vac_ddp.models import load_model
+from vac_ddp.models.kept_tokens import kept_tokens
 from vac_ddp.runtime.lock import RunLock
 from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint
@@ -61,6 +62,7 @@ def full_batch_gradients(settings: Config) -> list[dict[str, torch.Tensor]]:
     index = open_index(settings.data.train, labelled=True, settings=settings.data)
     loaded = load_model(settings.model, settings.clip, index.classes, seed=settings.seed)
     model = loaded.model.train()
+    model.train_tokens = kept_tokens(model, settings.train.keep_tokens, settings.train.keep_policy, setting="unused")
     sampler = StepSampler(
         np.arange(len(index)), seed=settings.seed, global_batch=settings.train.global_batch, clips_per_gpu=64,
         rank=0, world=1,
@@ -80,18 +82,20 @@ def full_batch_gradients(settings: Config) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_01_any_split_of_the_batch_has_its_gradient(place: Workplace, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "kept"), [(1, ""), (2, ""), (4, ""), (2, "random"), (2, "motion")])
+def test_01_any_split_of_the_batch_has_its_gradient(place: Workplace, ranks: int, kept: str) -> None:
     from vac_ddp.arguments import parse_settings
 
+    name = f"grad{ranks}{kept}"
     words = ["train.global_batch=16", "train.epochs=1", "data.val=null", "data.val_fraction=0"]
     words.append("checkpoint.every_steps=null")
-    repeats(place, "gradients", f"grad{ranks}", f"grad{ranks}", *words, ranks=ranks)
+    words += ["train.keep_tokens=0.5", f"train.keep_policy={kept}"] if kept else []
+    repeats(place, "gradients", name, name, *words, ranks=ranks)
     settings = parse_settings(place.arguments("unused", *words)).config
     expected = full_batch_gradients(settings)
     assert len(expected) == 2  # 21 videos: a batch of 16 and a short one of 5
     for clips in (32, 16, 8, 3):
-        found = torch.load(place.folder / f"grad{ranks}.{clips}.pt", weights_only=True)
+        found = torch.load(place.folder / f"{name}.{clips}.pt", weights_only=True)
         assert len(found) == len(expected)
         for a, b in zip(expected, found, strict=True):
             off = torch.cat([(a[name] - b[name]).flatten() for name in a])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from benchmarks.common import Stopwatch, our_training, ratio, settings_for
 from benchmarks.peers import hf_model
+from benchmarks.tokens import interval, time_to
 from benchmarks.train_step import check_same
 from tests.support import REPO, environment
 from vac_ddp.files import read_json
@@ -45,6 +48,35 @@ def test_a_dry_run_of_the_pieces_leaves_tables(tmp_path: Path) -> None:
         "train",
         "predict",
     ]
+
+
+@pytest.mark.fault
+def test_a_dry_run_of_part_of_the_tokens(tmp_path: Path) -> None:
+    for part in ("quickstart", "step"):
+        words = ["-m", "benchmarks.tokens", part, "--dry", "--out", str(tmp_path)]
+        done = subprocess.run(
+            [sys.executable, *words],
+            env=environment(),
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    curves = read_json(tmp_path / "tokens_quickstart.json")["curves"]
+    assert len(curves) == 6
+    assert all(0 < first[0] < last[0] and 0 <= last[1] <= 1 for first, last in curves.values())
+    assert set(read_json(tmp_path / "tokens_step.json")["ratios"]) >= {"vac_ddp, random 0.5", "vac_ddp, motion 0.5"}
+
+
+def test_figures_of_part_of_the_tokens() -> None:
+    assert time_to([(10.0, 0.5), (20.0, 0.9), (30.0, 1.0)], 0.95) == pytest.approx(25.0)
+    assert time_to([(10.0, 0.96), (20.0, 0.9)], 0.95) == pytest.approx(10.0 * 0.95 / 0.96)
+    assert time_to([(10.0, 0.5)], 0.95) == math.inf
+    mean, low, high = interval([0.1, 0.2, 0.3])
+    expected = scipy.stats.t.interval(0.95, 2, loc=0.2, scale=0.1 / math.sqrt(3))
+    assert (mean, low, high) == pytest.approx((0.2, *expected), abs=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
