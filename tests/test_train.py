@@ -51,6 +51,7 @@ def test_run_directory_holds_what_the_design_says(place: Workplace, single: str)
         "validation.npz",
     }
     assert json.loads((folder / "classes.json").read_text()) == ["class0", "class1", "class2"]
+    assert "GiB of host memory per rank" in (folder / "log.txt").read_text()
     saved = config.read_yaml(folder / "config.yaml")
     assert saved.train.global_batch == 6 and saved.optim.base_lr is None
     # 21 videos, 6 a step: 4 steps an epoch, the last one short; checkpoints every 3 steps and every epoch

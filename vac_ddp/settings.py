@@ -77,7 +77,12 @@ class DataSettings:
     workers: int | None = setting(
         None, "loader processes a rank; default: the cores it has, at most 16", low=0, high=1024
     )
-    prefetch: int = setting(4, "batches that each loader process keeps ready", low=1, high=1000)
+    prefetch: int = setting(
+        4,
+        "batches that each loader process keeps ready; at most 16 per rank, fewer to fit into memory",
+        low=1,
+        high=1000,
+    )
     reduced_decode: bool = setting(True, "decode frames much larger than needed at 1/2, 1/4 or 1/8 of their size")
 
 

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from vac_ddp.data.batch import Batch, TestBatch
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews, TrainClips, damage_line
+from vac_ddp.data.loader_memory import LoaderMemory
 from vac_ddp.data.loader_processes import LoaderContext, ignore_signals
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.data.slots import Slots, use_slots
 from vac_ddp.errors import UserError
+from vac_ddp.runtime.host_memory import GIB, memory_limit
 from vac_ddp.runtime.parent import signal_when_parent_dies
 from vac_ddp.runtime.torch_compat import end_workers
 from vac_ddp.settings import ClipSettings
@@ -49,16 +51,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def check_memory(batch_bytes: int, *, workers: int, prefetch: int, memory: int) -> None:
-    """Refuse loader processes whose batches on their way are more than the `memory` bytes of the machine."""
-    needed = batch_bytes * workers * prefetch
-    if needed > memory:
-        raise UserError(
-            f"{workers} loader processes with {prefetch} batches each need {needed >> 20} MiB of memory, the machine "
-            f"has {memory >> 20} MiB: lower data.workers or data.prefetch"
-        )
-
-
 def worker_count(setting: int | None, *, local_ranks: int) -> int:
     """Loader processes of one rank: the setting, or the cores this machine gives it, at most 16, at least 1."""
     if setting is not None:
@@ -71,8 +63,9 @@ class Loader:
 
     `dataset.__getitems__(keys)` makes a batch of each list of keys that `batches` yields. A damaged frame is named in
     the first batch that meets it and in no other; `damaged` counts them; after `named` names one line says that the
-    others are only counted. `batch_bytes` is what the clips of a batch take, `held` how many batches the rank needs
-    at a time; more, or larger ones, come through the pipe, which is slower.
+    others are only counted. `memory` says how large batches are and how many the rank holds; more, or larger ones,
+    come through the pipe, which is slower. `prefetch` may become less so that they fit into the `room` bytes that the
+    rank has.
     """
 
     def __init__(
@@ -80,27 +73,30 @@ class Loader:
         dataset: TrainClips | TestViews,
         batches: Iterable[list[Any]],
         *,
-        workers: int,
+        memory: LoaderMemory,
         prefetch: int,
-        pin: bool,
-        batch_bytes: int,
-        held: int,
+        room: int | None,
         named: int | None,
     ) -> None:
         extra: dict[str, Any] = {}
-        if workers:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            check_memory(batch_bytes, workers=workers, prefetch=prefetch, memory=memory)
-            # A process has up to `prefetch` batches under way beside those that the rank holds.
-            slots = Slots(workers=workers, each=prefetch + 1 + -(-held // workers), size=batch_bytes)
+        self.workers, pin = memory.workers, memory.pin
+        self.prefetch = memory.prefetch(prefetch, memory_limit() if room is None else room)
+        self.host_bytes = memory.needed(self.prefetch)  # at most
+        if self.workers:
+            slots = Slots(workers=self.workers, each=memory.slots(self.prefetch), size=memory.batch_bytes)
             extra = {
-                "prefetch_factor": prefetch,
+                "prefetch_factor": self.prefetch,
                 "persistent_workers": True,
                 "worker_init_fn": functools.partial(start_worker, slots=slots),
                 "multiprocessing_context": LoaderContext(),
             }
         self._loader: DataLoader[Any] = DataLoader(
-            _Told(dataset), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **extra
+            _Told(dataset),
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            pin_memory=pin,
+            **extra,
         )
         self._running: list[Any] = []
         self._dataset = dataset
@@ -186,18 +182,36 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def train_loader(dataset: TrainClips, sampler: StepSampler, *, workers: int, pin: bool) -> Loader:
-    """Batches of training clips in the order of `sampler`, whose `set_epoch` decides what an iteration yields."""
+def train_loader(
+    dataset: TrainClips, sampler: StepSampler, *, workers: int, pin: bool, room: int | None = None
+) -> Loader:
+    """Batches of training clips in the order of `sampler`, whose `set_epoch` decides what an iteration yields.
+
+    room: bytes of memory that this rank may have; by itself all that the machine allows.
+    """
     clip, repeats = dataset.settings.clip, dataset.settings.augment.repeats
     return Loader(
         dataset,
         sampler,
-        workers=workers,
+        memory=LoaderMemory(
+            batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step) * repeats * clip_bytes(clip),
+            workers=workers,
+            held=2 * sampler.loads_of_step(0),  # of a step, and of the one before until it is let go
+            pin=pin,
+        ),
         prefetch=dataset.settings.data.prefetch,
-        pin=pin,
-        batch_bytes=min(sampler.units_per_load * 2, sampler.draws_per_step) * repeats * clip_bytes(clip),
-        held=2 * sampler.loads_of_step(0),  # of a step, and of the one before until it is let go
+        room=room,
         named=NAMED,
+    )
+
+
+def loaders_line(loaders: Sequence[Loader]) -> str:
+    """One line on the loaders of a rank, of which the first is that of training: processes, batches, memory."""
+    workers, prefetch = loaders[0].workers, loaders[0].prefetch
+    gib = sum(loader.host_bytes for loader in loaders) / GIB
+    return (
+        f"{workers} loader process{'es' if workers > 1 else ''}, up to {prefetch} load batch"
+        f"{'es' if prefetch > 1 else ''} under way each; at most {gib:.2f} GiB of host memory per rank"
     )
 
 
@@ -207,9 +221,19 @@ def clip_bytes(clip: ClipSettings) -> int:
 
 
 def views_loader(
-    dataset: TestViews, places: Sequence[int], *, videos_per_batch: int, workers: int, prefetch: int, pin: bool
+    dataset: TestViews,
+    places: Sequence[int],
+    *,
+    videos_per_batch: int,
+    workers: int,
+    prefetch: int,
+    pin: bool,
+    room: int | None = None,
 ) -> Loader:
-    """TestBatches of the videos at `places` in `dataset`, in this order, the last one may be smaller."""
+    """TestBatches of the videos at `places` in `dataset`, in this order, the last one may be smaller.
+
+    room: bytes of memory that this rank may have for them; by itself all that the machine allows.
+    """
     ordered = [int(place) for place in places]
     batches = [ordered[i : i + videos_per_batch] for i in range(0, len(ordered), videos_per_batch)]
     views = dataset.views
@@ -217,11 +241,14 @@ def views_loader(
     return Loader(
         dataset,
         batches,
-        workers=workers,
+        memory=LoaderMemory(
+            batch_bytes=clips * clip_bytes(dataset.clip),
+            workers=workers,
+            held=max(2, 16 // videos_per_batch),  # clips wait for a pass to be full
+            pin=pin,
+        ),
         prefetch=prefetch,
-        pin=pin,
-        batch_bytes=clips * clip_bytes(dataset.clip),
-        held=16,  # clips wait for a pass to be full
+        room=room,
         named=None,
     )
 

@@ -2,7 +2,8 @@
 
 A tensor that torch hands to another process lies in a new shared file every time: the kernel clears each of its pages
 and both processes meet them for the first time, which costs a seventh of the time of decoding, and the file counts
-against /dev/shm, which containers keep small. These slots are made once, before the processes are forked.
+against /dev/shm, which containers keep small. These slots are made once, before the processes are forked; they
+belong to no file system, so only the memory of the machine or of a control group limits them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Slots:
     """
 
     def __init__(self, *, workers: int, each: int, size: int) -> None:
-        self.each, self.size = each, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.each, self.size = each, slot_bytes(size)
         # Anonymous and shared, nothing reserved: a page that nobody touches costs nothing.
         flags = mmap.MAP_SHARED | (MAP_NORESERVE if sys.platform == "linux" else 0)
         self._bytes = np.frombuffer(mmap.mmap(-1, workers * each * self.size, flags=flags), np.uint8)
@@ -67,6 +68,11 @@ class Slots:
 
     def _piece(self, slot: int, count: int) -> np.ndarray:
         return self._bytes[slot * self.size : slot * self.size + count]
+
+
+def slot_bytes(size: int) -> int:
+    """Bytes of a slot for `size`: whole pages."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def use_slots(slots: Slots, worker: int) -> None:

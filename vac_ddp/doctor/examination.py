@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 from vac_ddp.data.decode import DamagedFrame, frame_size
 from vac_ddp.data.loader import clip_bytes, worker_count
+from vac_ddp.data.loader_memory import LoaderMemory
 from vac_ddp.doctor.advice import Measured
 from vac_ddp.doctor.machine_rates import (
     all_reduce_rate,
@@ -30,6 +32,7 @@ from vac_ddp.models import VideoModel, build_model
 from vac_ddp.models.compilation import train_pass
 from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.host_memory import memory_limit
 from vac_ddp.settings import Config
 from vac_ddp.training.meters import GIB, clip_flops, matmul_rate
 from vac_ddp.version import installed
@@ -90,7 +93,7 @@ def examine(config: Config, say: Callable[[str], None]) -> Measured:
     say(f"{'decoding':<22} {one:.1f} clips/s a core ({one * clip.frames:.0f} frames/s), {every:.1f} by "
         f"{processes} processes")  # fmt: skip
     say(f"{'disk':<22} {read / 1e6:.0f} MB/s, {read / size:.0f} frames/s (what the page cache holds is faster)")
-    notes = _check_memory(config, workers * ranks, say) if workers else []
+    notes = _check_memory(config, workers, ranks, cuda=cuda, say=say) if workers else []
     copy = copy_rate(device) if cuda else None
     if copy is not None:
         say(f"{'host to device':<22} {copy / 1e9:.1f} GB/s, {copy / clip_bytes(clip):.0f} clips/s")
@@ -138,11 +141,12 @@ def _sampled_frames(root: Path, say: Callable[[str], None]) -> tuple[list[bytes]
     return frames, read
 
 
-def _check_memory(config: Config, processes: int, say: Callable[[str], None]) -> list[str]:
-    """Whether the batches of so many loader processes fit into memory; a line where they do not."""
-    free, batch = free_memory(), config.train.clips_per_gpu
-    batches = processes * (config.data.prefetch + 1)
-    needed = batches * (batch if isinstance(batch, int) else 8) * clip_bytes(config.clip)
+def _check_memory(config: Config, workers: int, ranks: int, *, cuda: bool, say: Callable[[str], None]) -> list[str]:
+    """Whether the batches of all ranks' loaders fit into memory; a line where they do not."""
+    free, batch = min(free_memory(), memory_limit()), config.train.clips_per_gpu
+    clips = batch if isinstance(batch, int) else 8
+    memory = LoaderMemory(batch_bytes=clips * clip_bytes(config.clip), workers=workers, held=2, pin=cuda)
+    needed = ranks * memory.needed(memory.prefetch(config.data.prefetch, sys.maxsize))
     say(f"{'memory':<22} {free / GIB:.1f} GiB free, batches on their way may take {needed / GIB:.2f} GiB")
     return ["batches do not fit into memory: lower data.workers or data.prefetch"] if needed > free else []
 

@@ -18,6 +18,7 @@ from vac_ddp.predicting.all_videos import Done, run_task
 from vac_ddp.predicting.task import Task
 from vac_ddp.report.terminal import start_bar
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.host_memory import memory_limit
 from vac_ddp.runtime.lock import RunLock
 from vac_ddp.runtime.ranks import local_world_size, say
 from vac_ddp.scoring.scorer import Scorer, prepare
@@ -69,6 +70,7 @@ def execute(
             workers=min(worker_count(config.data.workers, local_ranks=local_ranks), len(index)),
             prefetch=config.data.prefetch,
             pin=scorer.device.type == "cuda",
+            room=memory_limit() // local_ranks,
         )
 
     return run_task(

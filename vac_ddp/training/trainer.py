@@ -16,12 +16,13 @@ import torch
 
 from vac_ddp import config as settings_io
 from vac_ddp.data.batch import Batch
-from vac_ddp.data.loader import Loader, to_device, train_loader, worker_count
+from vac_ddp.data.loader import Loader, loaders_line, to_device, train_loader, worker_count
 from vac_ddp.data.sampler import StepSampler
 from vac_ddp.errors import Interrupted
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.data_parallel import optimizer_state
+from vac_ddp.runtime.host_memory import memory_limit
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import local_world_size
 from vac_ddp.runtime.signals import Agreed, Agreement, signal_name
@@ -78,11 +79,12 @@ def build_trainer(config: Config, session: Session, device: torch.device) -> Tra
     )
     schedule = make_schedule(config, sampler.steps_per_epoch)
     workers = worker_count(config.data.workers, local_ranks=local_world_size())
-    loader = train_loader(objective.dataset(), sampler, workers=workers, pin=device.type == "cuda")
+    room = memory_limit() // local_world_size()  # of both loaders: the next epoch's batches come during validation
+    loader = train_loader(objective.dataset(), sampler, workers=workers, pin=device.type == "cuda", room=room)
     session.loaders.append(loader)
     validator = None
     if len(data.split.val):
-        validator = Validator(config, data, stepper, tracker, workers=workers)
+        validator = Validator(config, data, stepper, tracker, workers=workers, room=room - loader.host_bytes)
         session.loaders.append(validator.loader)
     trainer = Trainer(
         config=config,
@@ -149,6 +151,8 @@ class Trainer:
             self.log.describe_model(self.objective)
             distributed.main_first(lambda: run_files.check_space(config, self.stepper), lambda: None)
             self.log.describe_run()
+            if self.loader.workers:
+                say(loaders_line(session.loaders))
         self.metadata = distributed.main_first(
             lambda: run_files.write_metadata(
                 config, self.objective.loaded.report, self.objective.data.classes, self.saver.facts, resumed.source

@@ -32,7 +32,9 @@ ASK_EVERY = 8  # batches
 class Validator:
     """The validation part of a run and its loader: figures of the model as it is, as often as they are asked for."""
 
-    def __init__(self, config: Config, data: Data, stepper: Stepper, tracker: Tracker, *, workers: int) -> None:
+    def __init__(
+        self, config: Config, data: Data, stepper: Stepper, tracker: Tracker, *, workers: int, room: int
+    ) -> None:
         self.config, self.data, self.stepper, self.tracker = config, data, stepper, tracker
         self.videos, world = data.split.val, distributed.world_size()
         self.places = list(range(distributed.rank(), len(self.videos), world))  # ranks differ by one video at most
@@ -52,6 +54,7 @@ class Validator:
             workers=min(workers, len(self.places)),
             prefetch=config.data.prefetch,
             pin=stepper.device.type == "cuda",
+            room=room,
         )
         self._stopped = False
 
