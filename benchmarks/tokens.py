@@ -76,7 +76,9 @@ def train_all(runs: dict[str, list[str]], folder: Path, jobs: int) -> dict[str, 
             if kept.exists():
                 found[name] = [(seconds, top1) for seconds, top1 in json.loads(kept.read_text())]
             else:
-                waiting[name] = pool.submit(train, [*words, f"run.dir={folder / name}", "run.resume=auto"])
+                waiting[name] = pool.submit(
+                    train, [*words, "log.every_steps=1", f"run.dir={folder / name}", "run.resume=auto"]
+                )
         for name, curve in waiting.items():
             found[name] = curve.result()
             (folder / f"{name}.json").write_text(json.dumps(found[name]))
