@@ -79,6 +79,22 @@ def test_figures_of_part_of_the_tokens() -> None:
     assert (mean, low, high) == pytest.approx((0.2, *expected), abs=1e-4)
 
 
+@pytest.mark.fault
+def test_a_dry_run_of_features_and_probes_leaves_tables(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "benchmarks.probe", "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(words, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_json(tmp_path / "probe_cpu.json")
+    assert found["dry"] and set(found["about"]) >= {"date", "device", "processor", "versions"}
+    assert found["cosine"] > 0.99  # our features of a frame and the pipeline's
+    assert [row["probe"] for row in found["table"]] == [*found["their_table"], "k-NN"] == ["ridge", "logistic", "k-NN"]
+    for program in ("embed", "probe"):
+        assert all(run["seconds"] > 0 and run["processor_s"] > 0 for run in found[program].values())
+    text = (tmp_path / "probe_cpu.md").read_text()
+    assert "A dry run" in text
+    assert str(REPO) not in text + (tmp_path / "probe_cpu.json").read_text()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_what_the_script_cannot_do_is_one_line(tmp_path: Path) -> None:
     for words, said in ((["train", "bake"], "no piece bake"), (["train"], "no CUDA device; --dry tries")):
