@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from tests.support import environment, torchrun
+from tests.test_meters import FAULTS
 from vac_ddp import api, files
 from vac_ddp import config as settings_io
 from vac_ddp.data.dataset import TestViews
@@ -764,3 +766,26 @@ def test_killed_at_random_moments_nothing_saved_is_computed_again(
     assert pieced.ids == whole.ids
     np.testing.assert_allclose(pieced.logits, whole.logits, atol=1e-5)
     assert (tmp_path / "out" / "submission.csv").read_bytes() == (tmp_path / "whole" / "submission.csv").read_bytes()
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
+@pytest.mark.parametrize("program", ["predict", "embed"])
+def test_memory_that_is_freed_stays_on_a_cpu(
+    program: str, trained: Path, data: dict[int, Path], tmp_path: Path
+) -> None:
+    """Afterwards 128 MiB are filled and freed without page faults, as in no process by itself (test_meters)."""
+
+    def output(script: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], env=environment(), capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()[-1]
+
+    if not int(output(FAULTS, "asked", "1", "0")):
+        pytest.skip("this C library maps every tensor above 32 MiB: no setting changes that")
+    run = f"import sys; from vac_ddp.{program} import main; assert main(sys.argv[4:]) == 0"
+    size = str(128 << 20)
+    assert int(output(f"{run}\n{FAULTS}", "plain", "1", size, *arguments(trained, data[1], tmp_path / "out"))) < 8

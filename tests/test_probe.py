@@ -245,6 +245,10 @@ def test_a_probe_that_was_stopped_goes_on_from_its_features(place, run, tmp_path
     with pytest.raises(Interrupted, match=r"SIGTERM while probes were selected; the features are saved"):
         probe(arguments(place, folder))
     assert (folder / "interrupted.json").exists()
+    with pytest.raises(
+        UserError, match=r"clip\.frames.* changed; give another run\.dir, or run\.overwrite=true to discard"
+    ):
+        probe(arguments(place, folder, "run.resume=auto", "clip.frames=3"))
     monkeypatch.setattr(linear, "reduce", reduce)
     features = folder / "features" / "data" / "features.npz"
     before = features.stat().st_mtime_ns

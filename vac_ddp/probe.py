@@ -167,12 +167,9 @@ def _embed(config: Config, session: Session, device: torch.device, data: Data, g
 
     def embedded(root: Path) -> Features:
         out = session.folder / "features" / root.resolve().name
-        request = Request(data=root, config=config, out=out, steps=True)
-        try:
-            embed_folder(request, device, labelled=True, stop=session.stop)
-        except UserError as error:  # the remedy, in the terms of a run
-            text = str(error).replace("another --out, or --overwrite", "another run.dir, or run.overwrite=true")
-            raise UserError(text) from None
+        remedy = "another run.dir, or run.overwrite=true"
+        request = Request(data=root, config=config, out=out, steps=True, remedy=remedy)
+        embed_folder(request, device, labelled=True, stop=session.stop)
         return read_features(out)
 
     train = embedded(Path(config.data.train).expanduser()) if given is None else given

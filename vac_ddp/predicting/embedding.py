@@ -48,7 +48,8 @@ ROUNDING = ("device", "precision", "versions", "predict.compile", "steps", "dtyp
 class Request:
     """What to embed: the videos of `data` with the encoder of `config.model`, and where features.npz goes.
 
-    steps: keep the features of each time step as well; dtype: "float32" or "float16".
+    steps: keep the features of each time step as well; dtype: "float32" or "float16"; remedy: what to give where
+    `out` holds other features.
     """
 
     data: Path
@@ -57,6 +58,7 @@ class Request:
     steps: bool = False
     dtype: str = "float32"
     overwrite: bool = False
+    remedy: str = Output.remedy
 
 
 def embed_folder(request: Request, device: torch.device, *, labelled: bool, stop: StopRequest) -> list[str]:
@@ -134,7 +136,7 @@ def make_task(request: Request, index: Index, scorer: Scorer, report: LoadReport
         fingerprint=marks,
         arrays=arrays,
         missing={name: np.zeros(shapes[name], request.dtype) for name in kept},
-        output=_output(request.dtype, width, steps if request.steps else None),
+        output=_output(request, width, steps if request.steps else None),
     )
 
 
@@ -172,9 +174,9 @@ def check_features(features: Features, request: Request, index: Index, device: t
     distributed.main_first(compare, lambda: None)
 
 
-def _output(dtype: str, width: int, steps: int | None) -> Output:
+def _output(request: Request, width: int, steps: int | None) -> Output:
     def write(path: Path, head: Any, blocks: Mapping[str, Iterable[np.ndarray]]) -> None:
-        write_features(path, head, blocks, dtype=dtype, width=width, steps=steps)
+        write_features(path, head, blocks, dtype=request.dtype, width=width, steps=steps)
 
     return Output(
         name=NAME,
@@ -184,6 +186,7 @@ def _output(dtype: str, width: int, steps: int | None) -> Output:
         not_finite="its features are not finite; try train.precision=fp32, and --dtype float32",
         fingerprint=lambda path: read_features(path).about.get("fingerprint", {}),
         write=write,
+        remedy=request.remedy,
     )
 
 

@@ -39,7 +39,7 @@ class Output:
     """The file that all parts are joined to.
 
     name: of the file; beside: names of what is made from it; noun, doing: what makes it, in messages; not_finite: the
-    line about a video with values that are not finite numbers.
+    line about a video with values that are not finite numbers; remedy: what to give where another one is there.
     fingerprint: reads that of a whole file; write: (path, head, blocks of each array) to a whole file.
     """
 
@@ -50,6 +50,7 @@ class Output:
     not_finite: str
     fingerprint: Callable[[Path], dict[str, str]]
     write: Callable[[Path, Any, Mapping[str, Iterable[np.ndarray]]], None]
+    remedy: str = "another --out, or --overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,17 +200,15 @@ def open_out(
     if overwrite:
         clear(out, output)
     elif (out / output.name).exists():
-        _refuse_other(output.fingerprint(out / output.name), fingerprint, out / output.name, output.noun, say)
+        _refuse_other(output.fingerprint(out / output.name), fingerprint, out / output.name, output, say)
         return Found(complete=True, parts=[], done=np.arange(videos))
     elif stored.exists():
         found = read_json(stored, dict[str, str], remedy="--overwrite starts anew")
-        _refuse_other(found, fingerprint, out / FOLDER, output.noun, say)
+        _refuse_other(found, fingerprint, out / FOLDER, output, say)
         parts, done = read_parts(out, kind, videos, say)
         return Found(complete=False, parts=parts, done=done)
     elif foreign := [name for name in output.beside if (out / name).exists()]:
-        raise UserError(
-            f"{out} holds a {foreign[0]} of something else: give another --out, or --overwrite to write over it"
-        )
+        raise UserError(f"{out} holds a {foreign[0]} of something else: give {output.remedy} to write over it")
     files.write_json(stored, fingerprint)
     return Found(complete=False, parts=[], done=np.zeros(0, np.int64))
 
@@ -228,14 +227,13 @@ def drop_parts(out: Path) -> None:
 
 
 def _refuse_other(
-    stored: dict[str, str], now: dict[str, str], where: Path, noun: str, say: Callable[[str], None]
+    stored: dict[str, str], now: dict[str, str], where: Path, output: Output, say: Callable[[str], None]
 ) -> None:
     """UserError that names the differences where `where` has another fingerprint; `say` what it is too old to have."""
     changed, missing = differences(stored, now)
     if changed:
         raise UserError(
-            f"{where} is of another {noun}: {', '.join(changed)} changed; give another --out, "
-            "or --overwrite to discard it"
+            f"{where} is of another {output.noun}: {', '.join(changed)} changed; give {output.remedy} to discard it"
         )
     if missing:
         say(f"{where} is of an earlier version, which did not record {', '.join(missing)}: assumed to be the same")

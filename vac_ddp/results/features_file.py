@@ -25,15 +25,12 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 
-from vac_ddp.errors import UserError
-from vac_ddp.results.npz_file import Blocks, text_array, write_npz
-from vac_ddp.schema import Array, check, mismatch, parse_json, read_npz
-from vac_ddp.text import printable
+from vac_ddp.results.npz_file import Blocks, Format, read_videos, text_array, write_npz
+from vac_ddp.schema import Array, mismatch
 
 NAME = "features.npz"
 FORMAT = 1
 DTYPES = {"float32": "<f4", "float16": "<f2"}
-_REMEDY = "it is not a features file, or is damaged: run `vac embed` again"
 
 
 class FeaturesArrays(TypedDict):
@@ -59,6 +56,17 @@ class About(TypedDict):
     fingerprint: dict[str, str]
     settings: NotRequired[dict[str, Any]]
     versions: NotRequired[dict[str, str]]
+
+
+_FORM = Format(
+    name=NAME,
+    noun="features",
+    command="vac embed",
+    number=FORMAT,
+    arrays=FeaturesArrays,
+    about=About,
+    remedy="it is not a features file, or is damaged: run `vac embed` again",
+)
 
 
 @dataclass(kw_only=True)
@@ -123,48 +131,12 @@ def read_features(path: str | Path) -> Features:
 
     Everything is checked once, features included. UserError if the file is missing or invalid.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / NAME
-    try:
-        values = read_npz(path, FeaturesArrays, remedy=_REMEDY)
-        about = check(parse_json(str(values["about"])), About, file=f"{path}: about", remedy=_REMEDY)
-    except FileNotFoundError:
-        raise UserError(f"no features file at {path}: `vac embed` writes one") from None
-    except ValueError as error:
-        raise UserError(f"{path}: about: expected JSON, found {error}; {_REMEDY}") from None
-    if about["format"] != FORMAT:
-        raise UserError(f"{path} has features format {about['format']}, this version reads {FORMAT}")
-    _check(path, values)
-    ids, groups, classes = (
-        [printable(text) for text in values[name].tolist()] for name in ("ids", "groups", "classes")
-    )
-    for name, texts in (("ids", ids), ("classes", classes)):
-        if len(set(texts)) < len(texts):
-            raise mismatch(path, name, "different names", "one twice", _REMEDY)
-    return Features(
-        pooled=values["pooled"],
-        steps=values.get("steps"),
-        ids=ids,
-        labels=values["labels"],
-        groups=groups,
-        damaged=values["damaged"],
-        failed=values["failed"],
-        views=values["views"],
-        classes=classes,
-        about=about,
-        path=path,
-    )
-
-
-def _check(path: Path, values: dict[str, np.ndarray]) -> None:
-    """What the declaration of the arrays does not say: dtypes, sizes above zero, labels that are classes."""
-    features = [name for name in ("pooled", "steps") if name in values]
-    for name in features:
+    path, values = read_videos(path, _FORM)
+    for name in ("pooled", "steps"):
+        if name not in values:
+            continue
         if values[name].dtype.str not in DTYPES.values():
-            raise mismatch(path, name, "float32 or float16", str(values[name].dtype), _REMEDY)
+            raise mismatch(path, name, "float32 or float16", str(values[name].dtype), _FORM.remedy)
         if 0 in values[name].shape[1:]:
-            raise mismatch(path, name, "at least one view, step and feature", str(values[name].shape), _REMEDY)
-    classes = len(values["classes"])
-    if values["labels"].size and values["labels"].max() >= classes:
-        raise mismatch(path, "labels", f"numbers below {classes}", str(values["labels"].max()), _REMEDY)
+            raise mismatch(path, name, "at least one view, step and feature", str(values[name].shape), _FORM.remedy)
+    return Features(path=path, **values)

@@ -24,15 +24,12 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 
-from vac_ddp.errors import UserError
-from vac_ddp.results.npz_file import Blocks, text_array, write_npz
-from vac_ddp.schema import Array, Count, check, mismatch, parse_json, read_npz
-from vac_ddp.text import printable
+from vac_ddp.results.npz_file import Blocks, Format, read_videos, text_array, write_npz
+from vac_ddp.schema import Array, Count, mismatch
 
 NAME = "views.npz"
 FORMAT = 1
 VIEW_COLUMNS = ("window", "crop", "flip")
-_REMEDY = "it is no views file, or is damaged: predict it anew"
 
 
 class ViewsArrays(TypedDict):
@@ -57,6 +54,17 @@ class About(TypedDict):
     fingerprint: NotRequired[dict[str, str]]
     epoch: NotRequired[Count]
     averaged: NotRequired[Count]
+
+
+_FORM = Format(
+    name=NAME,
+    noun="views",
+    command="vac predict",
+    number=FORMAT,
+    arrays=ViewsArrays,
+    about=About,
+    remedy="it is no views file, or is damaged: predict it anew",
+)
 
 
 @dataclass(kw_only=True)
@@ -97,40 +105,10 @@ def write_views(path: str | Path, head: ViewsHead, chunks: Iterable[np.ndarray])
 
 def read_views(path: str | Path) -> Views:
     """Read a views file, or the one in a folder of predictions. UserError if there is none, or no good one."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / NAME
-    try:
-        values = read_npz(path, ViewsArrays, remedy=_REMEDY)
-        about = check(parse_json(str(values["about"])), About, file=f"{path}: about", remedy=_REMEDY)
-    except FileNotFoundError:
-        raise UserError(f"no views file at {path}: `vac predict` writes one") from None
-    except ValueError as error:
-        raise UserError(f"{path}: about: expected JSON, found {error}; {_REMEDY}") from None
-    if about["format"] != FORMAT:
-        raise UserError(f"{path} has views format {about['format']}, this version reads {FORMAT}")
-    classes, ids, sources = (
-        [printable(name) for name in values[part].tolist()] for part in ("classes", "ids", "sources")
-    )
+    path, values = read_videos(path, _FORM)
     if not len(values["views"]):
-        raise mismatch(path, "views", "at least one view", "none", _REMEDY)
-    if values["labels"].size and values["labels"].max() >= len(classes):
-        raise mismatch(path, "labels", f"numbers below {len(classes)}", str(values["labels"].max()), _REMEDY)
-    for name, texts in (("ids", ids), ("classes", classes)):
-        if len(set(texts)) < len(texts):
-            raise mismatch(path, name, "different names", "one twice", _REMEDY)
-    return Views(
-        logits=values["logits"],
-        ids=ids,
-        classes=classes,
-        views=values["views"],
-        labels=values["labels"],
-        sources=sources,
-        damaged=values["damaged"],
-        failed=values["failed"],
-        about=about,
-        path=path,
-    )
+        raise mismatch(path, "views", "at least one view", "none", _FORM.remedy)
+    return Views(path=path, **values)
 
 
 def log_prior(counts: list[int] | None, classes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""npz files that are written block by block, and whose arrays can be memory-mapped."""
+"""npz files that are written block by block, and whose arrays can be memory-mapped; those about videos, read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
+from vac_ddp.schema import check, mismatch, parse_json, read_npz
+from vac_ddp.text import printable
 
 ALIGNMENT = 64  # bytes; numpy's header is a multiple of it, so the data begins where the member does
 _PADDING_ID = 0xD935  # the extra field that zipalign pads with
@@ -43,6 +46,52 @@ def write_npz(path: str | Path, arrays: dict[str, np.ndarray | Blocks]) -> None:
                         np.lib.format.write_array(member, value, allow_pickle=False)
 
     write_atomic(path, write)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A type of npz file about videos.
+
+    name: of the file in a folder; noun, command: what it has and what writes it, in messages; number: its version;
+    arrays, about: the declarations of its arrays (ids, classes and labels among them) and of the JSON text `about`.
+    """
+
+    name: str
+    noun: str
+    command: str
+    number: int
+    arrays: Any
+    about: Any
+    remedy: str
+
+
+def read_videos(path: str | Path, form: Format) -> tuple[Path, dict[str, Any]]:
+    """Read a file about videos, or the one in a folder: (its path, arrays by name).
+
+    Arrays of text are lists of printable texts, `about` is a dict. UserError if the file is missing or invalid.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / form.name
+    try:
+        values: dict[str, Any] = read_npz(path, form.arrays, remedy=form.remedy)
+        about = check(parse_json(str(values["about"])), form.about, file=f"{path}: about", remedy=form.remedy)
+    except FileNotFoundError:
+        raise UserError(f"no {form.noun} file at {path}: `{form.command}` writes one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: about: expected JSON, found {error}; {form.remedy}") from None
+    if about["format"] != form.number:
+        raise UserError(f"{path} has {form.noun} format {about['format']}, this version reads {form.number}")
+    for name, array in values.items():
+        if array.dtype.kind == "U" and array.ndim:
+            values[name] = [printable(text) for text in array.tolist()]
+    labels, classes = values["labels"], len(values["classes"])
+    if labels.size and labels.max() >= classes:
+        raise mismatch(path, "labels", f"numbers below {classes}", str(labels.max()), form.remedy)
+    for name in ("ids", "classes"):
+        if len(set(values[name])) < len(values[name]):
+            raise mismatch(path, name, "different names", "one twice", form.remedy)
+    return path, {**values, "about": about}
 
 
 def text_array(values: Sequence[str]) -> np.ndarray:
