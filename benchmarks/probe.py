@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             write_videos(data, videos=options.videos, frames=24, height=side, width=side)
         about = machine(torch.device("cpu"))
         found = run_all(options, data, folder)
-    command = " ".join(["probe", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["probe", *(sys.argv[1:] if argv is None else argv)])
     result = {"about": about, **found}
     write(options.out, "probe_cpu", result, text_of(options, result, about_line(command, about)), dry=options.dry)
     return 0
