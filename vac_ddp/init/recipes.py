@@ -136,14 +136,13 @@ def _without(group: str, names: str) -> str:
 
 
 def _same_clip(clip: ClipSettings) -> str:
-    """The clips of a run, as YAML: what is not by default."""
-    default = ClipSettings()
-    lines = [f"  {'frames'}: {clip.frames:<20} # as the probe"]
-    for field in dataclasses.fields(clip):
-        value = getattr(clip, field.name)
-        if field.name != "frames" and value != getattr(default, field.name):
-            lines += [f"  {field.name}: {value}"]
-    return "\n".join(["clip:", *lines, ""])
+    """The clips of a run, as YAML: frames, sampling, size, and what is not by default."""
+    always, default = ("frames", "sampling", "size"), ClipSettings()
+    lines = ["clip:                          # as the probe"]
+    for name, value in dataclasses.asdict(clip).items():
+        if name in always or value != getattr(default, name):
+            lines += [f"  {name}: {value}"]
+    return "\n".join([*lines, ""])
 
 
 def tuned_groups(metadata: Metadata, weights: Weights, *, train: int) -> list[str]:
