@@ -18,6 +18,8 @@ from vac_ddp import config, train
 from vac_ddp.arguments import parse_settings
 from vac_ddp.models import load_model, rebuild_model
 from vac_ddp.predict import main as predict_main
+from vac_ddp.runtime import distributed
+from vac_ddp.runtime.gpus import Gpu
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
 from vac_ddp.training import resuming, same_run
 from vac_ddp.training.best_weights import BestFile
@@ -262,6 +264,28 @@ def test_the_precision_is_that_of_the_run(place: Workplace) -> None:
     settings = parse_settings(place.arguments("precise", *SHORT, "run.resume=auto")).config
     with contextlib.redirect_stdout(io.StringIO()), open_trainer(settings, torch.device("cpu")) as trainer:
         assert trainer.stepper.autocast is torch.bfloat16
+
+
+def test_auto_on_a_gpu_without_bf16_is_the_run_s_precision_on_any_gpu(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train.max_steps=3", "data.val=null", "data.val_fraction=0")
+    gpus = {bf16: Gpu(name="X", capability=(8, 0) if bf16 else (7, 5), bf16=bf16) for bf16 in (False, True)}
+    monkeypatch.setattr(distributed, "weakest_gpu", lambda device: gpus[False])
+    assert here(place, "fp16", *words)[0] == 0
+    newest = max((place.folder / "fp16" / "checkpoints").glob("step-*.pt"))
+    assert json.loads(newest.with_suffix(".json").read_text())["precision"] == "fp16"
+    assert place.state("fp16")["scaler"]["scale"] > 1
+    assert torch.load(place.folder / "fp16" / "best_videomae.pt", weights_only=True)["precision"] == "fp16"
+    newest.unlink()
+    newest.with_suffix(".json").unlink()
+    monkeypatch.setattr(distributed, "weakest_gpu", lambda device: gpus[True])
+    arguments = place.arguments("fp16", *SHORT, *words, "run.resume=auto")
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        open_trainer(parse_settings(arguments).config, torch.device("cpu")) as trainer,
+    ):
+        assert trainer.stepper.precision == "fp16"
 
 
 def test_the_promise_names_everything_that_changes_results(place: Workplace) -> None:

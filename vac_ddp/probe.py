@@ -128,6 +128,7 @@ class Embedded:
 
 def run_probe(config: Config, session: Session, device: torch.device) -> None:
     """Embed the videos, select a probe, and write the run; called by all ranks."""
+    from vac_ddp.models.precision import precision_of
     from vac_ddp.runtime import distributed
     from vac_ddp.training.data_setup import read_data
 
@@ -140,10 +141,11 @@ def run_probe(config: Config, session: Session, device: torch.device) -> None:
     start = time.perf_counter()
     selected = _select(config, session, device, data, features.train)
     seconds = {"embedding": features.seconds, "selection": time.perf_counter() - start}
+    precision = precision_of(config, distributed.weakest_gpu(device))
 
     def write() -> None:
         assert selected is not None, "rank 0 selects"
-        _write(config, session, device, data, features, selected, seconds)
+        _write(config, session, precision, data, features, selected, seconds)
 
     distributed.main_first(write, lambda: None)
 
@@ -253,14 +255,13 @@ def _usable(features: Features, videos: np.ndarray, session: Session) -> np.ndar
 def _write(
     config: Config,
     session: Session,
-    device: torch.device,
+    precision: str,
     data: Data,
     features: Embedded,
     selected: Selected,
     seconds: dict[str, float],
 ) -> None:
     """Write what a run directory has, on rank 0, the weights and the report last, and say what is where."""
-    from vac_ddp.models.precision import precision_of
     from vac_ddp.probing.probe_model import make_model, pooling_settings
     from vac_ddp.training import checkpoint, discarded_runs, run_files
     from vac_ddp.training.best_weights import BestFile
@@ -279,7 +280,7 @@ def _write(
     write_views(folder / run_files.VALIDATION, views, [views.logits])
     figures = classification_metrics(views.logits.mean(axis=1), views.labels, data.classes).figures()
     _write_metrics(session, selected, figures, seconds)
-    architecture, precision = loaded.architecture, precision_of(config, device)
+    architecture = loaded.architecture
     facts = {
         **checkpoint.environment_facts(),
         "architecture": architecture,

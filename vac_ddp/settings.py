@@ -285,7 +285,7 @@ class TrainSettings:
         "auto", "clips of one micro-batch on one rank; auto: what fits (CPU: 8)", low=1, high=10**6
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto", "autocast; auto: bf16 on GPUs, fp32 on the CPU"
+        "auto", "autocast; auto: bf16 on GPUs (fp16 on those that only emulate bf16, as a T4), fp32 on the CPU"
     )
     label_smoothing: float = setting(0.0, "label smoothing", low=0, below=1)
     class_weights: Literal["none", "inverse"] = setting("none", "weights of the loss by class frequency, mean 1")

@@ -32,6 +32,7 @@ from vac_ddp.models import VideoModel, build_model
 from vac_ddp.models.compilation import train_pass
 from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.gpus import gpu_of
 from vac_ddp.runtime.host_memory import memory_limit
 from vac_ddp.settings import Config
 from vac_ddp.training.meters import GIB, clip_flops, matmul_rate
@@ -53,7 +54,7 @@ def model_of(config: Config) -> VideoModel:
 
 def step_rate(config: Config, model: VideoModel, device: torch.device, flops: float, matmul: float) -> float:
     """Clips a second forward and backward, measured, or on a slow CPU from the matrix product."""
-    autocast = AUTOCAST[precision_of(config, device)]
+    autocast = AUTOCAST[precision_of(config, gpu_of(device))]
     if device.type != "cuda" and flops / matmul > SLOW_PASS_S * ASSUMED:
         return ASSUMED * matmul / flops
     wanted = config.train.clips_per_gpu
@@ -153,8 +154,8 @@ def _check_memory(config: Config, workers: int, ranks: int, *, cuda: bool, say: 
 
 def _measure_model(config: Config, device: torch.device, say: Callable[[str], None]) -> tuple[float | None, int]:
     """Clips a second forward and backward, None where the FLOP cannot be counted, and bytes of gradients."""
-    matmul = matmul_rate(device, AUTOCAST[precision_of(config, device)])
-    say(f"{'matrix product':<22} {matmul / 1e12:.4g} TFLOP/s in {precision_of(config, device)}")
+    matmul = matmul_rate(device, AUTOCAST[precision_of(config, gpu_of(device))])
+    say(f"{'matrix product':<22} {matmul / 1e12:.4g} TFLOP/s in {precision_of(config, gpu_of(device))}")
     model = model_of(config)
     flops = clip_flops(model, config.clip)
     if flops is None:

@@ -93,6 +93,7 @@ class Best(TypedDict):
     config: SavedSettings
     metrics: NotRequired[dict[str, float | None] | None]
     architecture: NotRequired[Architecture | None]
+    precision: NotRequired[str]
     class_counts: NotRequired[list[Count] | None]
 
 
@@ -142,8 +143,8 @@ class Source:
     """Tensors as they are in a file, and what lies beside them. What a source does not say is None.
 
     path: the file with the tensors, or the index of several; sha256: of the file (of several: of their hashes).
-    classes, config, architecture, metrics: of a checkpoint of ours; hf_config, processor: the JSON files of a
-    Hugging Face directory; arguments: the training arguments in an official checkpoint.
+    classes, config, architecture, metrics, precision: of a checkpoint of ours; hf_config, processor: the JSON files of
+    a Hugging Face directory; arguments: the training arguments in an official checkpoint.
     """
 
     asked: str
@@ -157,6 +158,7 @@ class Source:
     architecture: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None
     class_counts: list[int] | None = None
+    precision: str | None = None
     hf_config: dict[str, Any] | None = None
     processor: dict[str, Any] | None = None
     arguments: dict[str, Any] | None = None
@@ -245,7 +247,7 @@ def _from_file(asked: str, path: Path) -> Source:
         source.kind = "checkpoint of vac_ddp"
         source.classes, source.config = [printable(name) for name in content["classes"]], content["config"]
         source.architecture, source.metrics = content.get("architecture"), content.get("metrics")
-        source.class_counts = content.get("class_counts")
+        source.class_counts, source.precision = content.get("class_counts"), content.get("precision")
     return source
 
 

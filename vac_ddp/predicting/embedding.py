@@ -197,7 +197,7 @@ def _fingerprint(request: Request, index: Index, scorer: Scorer, weights: str) -
         config,
         index,
         weights=weights,
-        precision=precision_of(config, scorer.device),
+        precision=precision_of(config, distributed.weakest_gpu(scorer.device)),
         device=scorer.device.type,
         version=VERSION,
         frames=distributed.is_main(),

@@ -60,7 +60,7 @@ def make_task(
     from; without them it is inferred from the names of labelled videos.
     """
     views, classes, names = config.predict.views, list(source.classes or []), list(index.names)
-    precision = precision_of(config, device)
+    precision = precision_of(config, distributed.weakest_gpu(device), source.precision)
     settings = {
         "clip": dataclasses.asdict(config.clip),
         "views": dataclasses.asdict(views),

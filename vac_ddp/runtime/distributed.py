@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from vac_ddp.errors import USER_ERROR, Cause, UserError, exit_status, plain
 from vac_ddp.runtime import torch_compat
+from vac_ddp.runtime.gpus import Gpu, check_kernels, cuda_available, gpu_of
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.parent import signal_when_parent_dies
 from vac_ddp.runtime.ranks import is_main, local_rank, rank, under_torchrun, world_size
@@ -35,15 +36,26 @@ def active() -> bool:
 
 
 def pick_device() -> torch.device:
-    """The GPU of this local rank, or the CPU. More ranks than GPUs is an error, not a shared GPU."""
-    if not torch.cuda.is_available():
+    """The GPU of this local rank, or the CPU. More ranks than GPUs is an error, not a shared GPU.
+
+    UserError also where there is a GPU that the installed torch cannot use, unless CUDA_VISIBLE_DEVICES hides it.
+    """
+    if not cuda_available():
         return torch.device("cpu")
     if local_rank() >= torch.cuda.device_count():
         raise UserError(
             f"rank {rank()} wants GPU {local_rank()}, this machine has {torch.cuda.device_count()}: "
             "lower --nproc_per_node, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    return torch.device("cuda", local_rank())
+    device = torch.device("cuda", local_rank())
+    check_kernels(device)
+    return device
+
+
+def weakest_gpu(device: torch.device) -> Gpu | None:
+    """The GPU of the lowest compute capability among those of all ranks; None on CPUs. A collective."""
+    found = [gpu for gpu in all_gather_objects(gpu_of(device)) if gpu is not None]
+    return min(found, key=lambda gpu: (gpu.bf16, gpu.capability), default=None)
 
 
 # NCCL ends the process where a collective runs into its timeout, gloo raises: gloo and the monitor come before it.
@@ -54,28 +66,27 @@ def start(device: torch.device | None = None, *, timeout_s: float) -> torch.devi
     """Join the process group and return this rank's device (None: its GPU, or the CPU).
 
     Objects and tensors of the CPU travel by gloo, those of a GPU by NCCL. A failed start raises: no run falls back to
-    one rank. A rank that cannot have its device is an error of all.
+    one rank. A rank that cannot have its device, or has one of another type, is an error of all.
     """
-    if under_torchrun() and not active():
-        timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            backends(torch.cuda.is_available() and (device is None or device.type == "cuda")),
-            timeout=timeout,
-            store=_attempt_store(timeout),
-            rank=rank(),
-            world_size=world_size(),
-        )
-        set_timeout(timeout_s)
-    if active():
-        _side_store()
-    PROCESS.connect(sys.modules[__name__])
-    error: Exception | None = None
+    error: UserError | None = None
     if device is None:
         try:
             device = pick_device()
         except UserError as caught:
             error = caught
-        raise_together(error)
+    if under_torchrun() and not active():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = _rendezvous(timeout)
+        check_devices(dist.PrefixStore("vac_ddp/devices", store), device, error)
+        assert device is not None, "an error was raised"
+        dist.init_process_group(
+            backends(device.type == "cuda"), timeout=timeout, store=store, rank=rank(), world_size=world_size()
+        )
+        set_timeout(timeout_s)
+    if active():
+        _side_store()
+    PROCESS.connect(sys.modules[__name__])
+    raise_together(error)
     assert device is not None, "an error was raised"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -85,6 +96,38 @@ def start(device: torch.device | None = None, *, timeout_s: float) -> torch.devi
 def backends(cuda: bool) -> str:
     """The backends of the process group by type of device, as torch takes them."""
     return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+
+
+def check_devices(store: dist.Store, device: torch.device | None, error: UserError | None) -> None:
+    """UserError, the same on every rank, where a rank has an `error` in place of a device, or ranks see other types.
+
+    By the store alone: a process group of GPUs does not come up where a rank has none.
+    """
+    mine = {"host": socket.gethostname(), "type": device and device.type, "error": error and str(error)}
+    store.set(f"{rank()}", json.dumps(mine))
+    everyone = [json.loads(store.get(f"{other}")) for other in range(world_size())]
+    problem = next((told["error"] for told in everyone if told["error"] is not None), None)
+    if problem is None and len({told["type"] for told in everyone}) > 1:
+        seen = ", ".join(f"rank {other} {told['type']} ({told['host']})" for other, told in enumerate(everyone))
+        problem = (
+            f"the ranks see different types of devices: {seen}; give each rank a GPU, or hide the GPUs on all "
+            "machines with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    if problem is None:
+        return
+    store.set(f"{rank()} has read", "")
+    with contextlib.suppress(RuntimeError):  # the store may be of a rank that leaves now
+        store.wait([f"{other} has read" for other in range(world_size())], datetime.timedelta(seconds=20))
+    raise UserError(problem)
+
+
+def _rendezvous(timeout: datetime.timedelta) -> dist.Store:
+    """The store where the ranks of this attempt meet."""
+    store = _attempt_store(timeout)
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", rank(), world_size(), timeout=timeout))
+        store = dist.PrefixStore("default_pg", store)  # as init_process_group does
+    return store
 
 
 def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:

@@ -69,7 +69,7 @@ def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
     loaded.model.eval_tokens = kept_tokens(
         loaded.model, config.predict.keep_tokens, "motion", setting="predict.keep_tokens"
     )
-    return _scorer(loaded, config, device)
+    return _scorer(loaded, config, device, source.precision)
 
 
 def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadReport]:
@@ -92,11 +92,12 @@ def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadRepo
     return scorer, loaded.report
 
 
-def _scorer(loaded: Loaded, config: Config, device: torch.device) -> Scorer:
+def _scorer(loaded: Loaded, config: Config, device: torch.device, trained: str | None = None) -> Scorer:
+    precision = precision_of(config, distributed.weakest_gpu(device), trained)
     return Scorer(
         model=loaded.model.to(device).eval(),
         device=device,
-        autocast=AUTOCAST[precision_of(config, device)],
+        autocast=AUTOCAST[precision],
         mean=tuple(loaded.mean),
         std=tuple(loaded.std),
         flip=config.predict.views.flip,

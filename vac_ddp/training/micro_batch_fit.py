@@ -29,7 +29,7 @@ def auto_clips_per_gpu(config: Config, model: VideoModel, device: torch.device, 
     if device.type != "cuda":
         return 8
     most = math.ceil(config.train.global_batch / distributed.world_size())
-    dtype = AUTOCAST[precision_of(config, device)]
+    dtype = AUTOCAST[precision_of(config, distributed.weakest_gpu(device))]
     return min(distributed.all_gather_objects(fit_clips(model, config.clip, autocast=dtype, most=most, device=device)))
 
 

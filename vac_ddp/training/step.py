@@ -193,7 +193,7 @@ def make_stepper(
     """The objective's model compiled and wrapped as set, with EMA, optimizer and scaler; restored if resumed."""
     if device.type == "cpu":
         keep_freed_memory()
-    model, precision = objective.model, run_precision(config, device, resumed.facts)
+    model, precision = objective.model, run_precision(config, distributed.weakest_gpu(device), resumed.facts)
     dtype = AUTOCAST[precision]
     model.checkpointing = config.train.checkpointing
     groups = make_groups(model, config.optim, config.train.freeze_depth)
