@@ -74,13 +74,17 @@ def table(head: list[str], rows: list[list[Any]]) -> list[str]:
     ]
 
 
-def write(folder: Path, name: str, result: dict[str, Any], lines: list[str], *, dry: bool) -> None:
-    """NAME.json and NAME.md, on the screen as well; a dry run's are marked."""
+def write(folder: Path, name: str, result: dict[str, Any], lines: list[str], *, dry: bool, shown: bool = True) -> None:
+    """NAME.json and NAME.md, on the screen as well where `shown`; a dry run's are marked.
+
+    To be called as soon as there is something: a piece that runs out of time keeps what it has measured.
+    """
     if dry:
         lines = [lines[0], "", "**A dry run: it shows that every piece works, its figures mean nothing.**", *lines[1:]]
         result = {"dry": True, **result}
     text = "\n".join(lines).rstrip() + "\n"
-    print(text, flush=True)
+    if shown:
+        print(text, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
     write_text(folder / f"{name}.md", text)

@@ -136,31 +136,41 @@ def main(argv: list[str] | None = None) -> int:
         make_videos(folder / "data", videos=4 if dry else 24)
         words += LIKE_A_GPU
         found = [run(folder, f"seed {n}", [*words, f"seed={n}"], device) for n in range(seeds)]
-        changed = {what: run(folder, what, [*words, *change, "seed=0"], device) for what, change in CHANGES.items()}
-    spread = [distance(a, b) for a, b in itertools.combinations(found, 2)]
-    rows = {what: distance(losses, found[0]) for what, losses in changed.items()}
+        changed: dict[str, list[float]] = {}
+        for what, change in CHANGES.items():
+            changed[what] = run(folder, what, [*words, *change, "seed=0"], device)
+            met = keep(options, found, changed, steps, last=len(changed) == len(CHANGES))
+    return DONE if met or dry else FINDINGS
+
+
+def keep(options: Any, seeds: list[list[float]], changed: dict[str, list[float]], steps: int, *, last: bool) -> bool:
+    """Write the table and the plot of what has been run; whether all of it is within the seeds."""
+    device = device_of()
+    suffix = "gpu" if device.type == "cuda" else "cpu"
+    spread = [distance(a, b) for a, b in itertools.combinations(seeds, 2)]
+    rows = {what: distance(losses, seeds[0]) for what, losses in changed.items()}
     met = all(value <= max(spread) for value in rows.values())
-    suffix = "gpu" if cuda else "cpu"
-    plot(options.out / f"curves_{suffix}.svg", found, changed)
+    plot(options.out / f"curves_{suffix}.svg", seeds, changed)
+    about = machine(device)
     result = {
-        "about": machine(device),
-        "seeds": found,
+        "about": about,
+        "seeds": seeds,
         "changed": changed,
         "spread": spread,
         "distances": rows,
         "agree": met,
     }
-    lines = ["# Loss curves", "", about_line("curves", result["about"]), "", f"![loss curves](curves_{suffix}.svg)", ""]
+    lines = ["# Loss curves", "", about_line("curves", about), "", f"![loss curves](curves_{suffix}.svg)", ""]
     lines += table(
         ["first seed, but", "mean distance to the first seed", "within the seeds"],
         [[what, f"{value:.4f}", "yes" if value <= max(spread) else "no (missed)"] for what, value in rows.items()],
     )
     lines += [
-        f"Between two of {seeds} seeds: {min(spread):.4f} to {max(spread):.4f}. {steps} steps, means of {WINDOW}; the",
-        "seed draws weights, order, crops and mixing anew.",
+        f"Between two of {len(seeds)} seeds: {min(spread):.4f} to {max(spread):.4f}. {steps} steps, means of {WINDOW};",
+        "the seed draws weights, order, crops and mixing anew.",
     ]
-    write(options.out, f"curves_{suffix}", result, lines, dry=dry)
-    return DONE if met or dry else FINDINGS
+    write(options.out, f"curves_{suffix}", result, lines, dry=options.dry, shown=last)
+    return met
 
 
 if __name__ == "__main__":

@@ -93,11 +93,23 @@ class Bench:
         return run
 
     def attention(self, kernel: str) -> tuple[Run, Run]:
-        """One kernel of exact attention against what PyTorch takes by itself."""
+        """One kernel of exact attention against what PyTorch takes by itself.
+
+        The kernel is chosen when a block is compiled, and blocks share what is compiled with those of the model before:
+        so nothing is left of that one, and the model is built anew, compiled and run inside the context.
+        """
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         chosen = getattr(SDPBackend, kernel)
-        return self.steps(context=lambda: sdpa_kernel([chosen])), self.steps()
+
+        def anew(context: Context) -> Run:
+            def run(watch: Stopwatch) -> float:
+                torch.compiler.reset()
+                return self.steps(context=context)(watch)
+
+            return run
+
+        return anew(lambda: sdpa_kernel([chosen])), anew(contextlib.nullcontext)
 
     def compiled(self, mode: str | None = None, dynamic: bool | None = None) -> tuple[Run, Run]:
         """Blocks compiled in another way, against the way they are."""
@@ -216,19 +228,24 @@ def main(argv: list[str] | None = None) -> int:
         options.sizes |= {"depth": 2, "width": 32, "heads": 2}
         options.size, options.clips, options.rounds, options.seconds = 32, 2, 1, 0.05
     result: dict[str, Any] = {"about": machine(device), "options": []}
-    rows = []
     part, parts = map(int, options.part.split("/"))
-    with tempfile.TemporaryDirectory() as name:
-        for option in all_options(Bench(options, device, Path(name)))[part - 1 :: parts]:
-            found = measured(option, options, device)
-            result["options"].append({"name": option.name, "expected": option.expected, **found})
-            rows.append([option.name, option.expected, found["brought"]])
-            print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
     where = "gpu" if cuda else "cpu"
-    lines = ["# Options of a training step", "", about_line("options", result["about"]), ""]
-    lines += table(["option", "expected", f"brought, on this {where.upper()} (rounds)"], rows)
-    lines += ["Times as fast with the option as without: the median of the ratios within a round, and their range."]
-    write(options.out, f"options_{where}" + (f"_{part}" if parts > 1 else ""), result, lines, dry=options.dry)
+    name = f"options_{where}" + (f"_{part}" if parts > 1 else "")
+
+    def keep(*, last: bool) -> None:
+        rows = [[one["name"], one["expected"], one["brought"]] for one in result["options"]]
+        lines = ["# Options of a training step", "", about_line("options", result["about"]), ""]
+        lines += table(["option", "expected", f"brought, on this {where.upper()} (rounds)"], rows)
+        lines += ["Times as fast with the option as without: the median of the ratios within a round, and their range."]
+        write(options.out, name, result, lines, dry=options.dry, shown=last)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for option in all_options(Bench(options, device, Path(folder)))[part - 1 :: parts]:
+            found = {"name": option.name, "expected": option.expected, **measured(option, options, device)}
+            result["options"].append(found)
+            print(f"  {found['name']} | {found['expected']} | {found['brought']}", file=sys.stderr, flush=True)
+            keep(last=False)
+    keep(last=True)
     return DONE
 
 

@@ -60,6 +60,7 @@ from vac_ddp.training.meters import clip_flops, matmul_rate
 OURS, OURS_COMPILED = "vac_ddp, not compiled", "vac_ddp"
 HF, HF_BYTES, HF_COMPILED = "HF", "HF, from the same bytes", "HF, torch.compile"
 BOUND = 1.3
+WHOLE_SHARE = "whole 5x3 prediction: share of the matmul peak"
 
 
 def make_videos(root: Path, videos: int, length: int, size: tuple[int, int]) -> None:
@@ -264,68 +265,88 @@ def bars_of(result: dict[str, Any], options: Any) -> list[list[str]]:
         shown = "" if best is None else f"{best:.3f}"
         rows.append([what, f"{found:.3f}", shown, f"{'<=' if most else '>='} {bar:g}" + ("" if met else " (missed)")])
 
-    rounds, views = result["passes"]["rounds"], result["views"]
-    for way, over in ((OURS, HF_BYTES), (OURS_COMPILED, HF_COMPILED)):
-        if way in rounds:
-            kept = ratio(rounds, way, over)
-            add(f"passes: {way} / {over}", kept["median"], kept["best"], 1.0)
-    if options.gpu:
-        add("passes: share of the matmul peak", result["passes"]["mfu"][OURS_COMPILED], None, 0.50)
-        add("whole 5x3 prediction: share of the matmul peak", result["whole"]["mfu"], None, 0.50)
-    add("decoding: 5x3 / 5x1 views", views["5x3 decoding"] / views["5x1 decoding"], None, BOUND, most=True)
+    if "passes" in result:
+        rounds = result["passes"]["rounds"]
+        for way, over in ((OURS, HF_BYTES), (OURS_COMPILED, HF_COMPILED)):
+            if way in rounds:
+                kept = ratio(rounds, way, over)
+                add(f"passes: {way} / {over}", kept["median"], kept["best"], 1.0)
+        if options.gpu:
+            add("passes: share of the matmul peak", result["passes"]["mfu"][OURS_COMPILED], None, 0.50)
+    if (options.gpu or options.dry) and "mfu" in result.get("whole", {}):
+        add(WHOLE_SHARE, result["whole"]["mfu"], None, 0.50)
+    if "views" in result:
+        views = result["views"]
+        add("decoding: 5x3 / 5x1 views", views["5x3 decoding"] / views["5x1 decoding"], None, BOUND, most=True)
     return rows
+
+
+def as_lines(result: dict[str, Any], options: Any, command: str) -> list[str]:
+    """The tables for people."""
+    lines = ["# Prediction", "", about_line(command, result["about"]), ""]
+    lines += table(["what", "found", "best rounds", "bar"], result["bars"])
+    if "passes" in result:
+        kept, sizes = result["passes"], ", ".join(f"{name} {value}" for name, value in options.sizes.items())
+        lines += [f"## Passes of {options.clips} clips in memory: {sizes}, 16 frames of {options.size}", ""]
+        rows = [
+            [n, f"{sorted(r)[len(r) // 2]:.1f}", f"{max(r):.1f}", f"{kept['mfu'][n]:.3f}"]
+            for n, r in kept["rounds"].items()
+        ]
+        head = ["way", "clips/s, median", "best round", "of the matmul"]
+        lines += table(head, sorted(rows, key=lambda r: -float(r[1])))
+        lines += [
+            f"A matrix product reached {kept['matmul'] / 1e12:.4g} TFLOP/s in this run; a clip costs "
+            f"{kept['flops_per_clip'] / 1e9:.4g} GFLOP.",
+            "",
+        ]
+    if "whole" in result:
+        whole = result["whole"]
+        lines += [
+            f"## A whole prediction: {whole['videos']} videos of {options.frames} frames of 320x240, 5x3 views, "
+            f"{options.workers} loader process(es)",
+            "",
+            f"{whole['clips_per_s']:.1f} clips/s, {whole['mfu']:.3f} of the matmul, "
+            f"{100 * whole['outside_the_model']:.0f} % of its time outside the model, "
+            f"{100 * whole['waited']:.0f} % waiting for frames; passes of {whole['clips_per_pass']} clips.",
+            "",
+        ]
+    if "views" in result:
+        lines += ["## Views: milliseconds a video on one core, best rounds", ""]
+        lines += table(["views and work", "ms"], [[name, f"{value:.1f}"] for name, value in result["views"].items()])
+        lines += [
+            "Loading is decoding with cutting and resampling, which are per crop: a shared resize would put the crops",
+            "at other sub-pixel places.",
+        ]
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     options = choose(argv)
     device = device_of()
+    command = " ".join(["predict", *(sys.argv[1:] if argv is None else argv)])
+    kept = "predict_gpu" if device.type == "cuda" else "predict_cpu"
     result: dict[str, Any] = {"about": machine(device)}
+
+    def keep(part: str, found: dict[str, Any], *, last: bool = False) -> None:
+        result[part] = found
+        result["bars"] = bars_of(result, options)
+        write(options.out, kept, result, as_lines(result, options, command), dry=options.dry, shown=last)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_videos(folder / "data", options.videos, options.frames, (240, 320))
         index = open_index(folder / "data", labelled=False, settings=DataSettings(cache=str(folder)))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        result["views"] = view_costs(options, index)
+        keep("views", view_costs(options, index))
         torch.set_num_threads(threads)
-        result["passes"] = passes(options, device)
-        result["whole"] = whole_prediction(options, device, index, folder)
-    kept, whole = result["passes"], result["whole"]
-    whole["mfu"] = whole["clips_per_s"] * kept["flops_per_clip"] / kept["matmul"]
-    alone = max(kept["rounds"].get(OURS_COMPILED, kept["rounds"][OURS]))
-    whole["outside_the_model"] = max(0.0, 1 - whole["clips_per_s"] / alone)
-    result["bars"] = bars_of(result, options)
-    command = " ".join(["predict", *(sys.argv[1:] if argv is None else argv)])
-    sizes = ", ".join(f"{name} {value}" for name, value in options.sizes.items())
-    lines = ["# Prediction", "", about_line(command, result["about"]), ""]
-    lines += table(["what", "found", "best rounds", "bar"], result["bars"])
-    lines += [f"## Passes of {options.clips} clips in memory: {sizes}, 16 frames of {options.size}", ""]
-    rows = [
-        [n, f"{sorted(r)[len(r) // 2]:.1f}", f"{max(r):.1f}", f"{kept['mfu'][n]:.3f}"]
-        for n, r in kept["rounds"].items()
-    ]
-    lines += table(["way", "clips/s, median", "best round", "of the matmul"], sorted(rows, key=lambda r: -float(r[1])))
-    lines += [
-        f"A matrix product reached {kept['matmul'] / 1e12:.4g} TFLOP/s in this run; a clip costs "
-        f"{kept['flops_per_clip'] / 1e9:.4g} GFLOP.",
-        "",
-        f"## A whole prediction: {whole['videos']} videos of {options.frames} frames of 320x240, 5x3 views, "
-        f"{options.workers} loader process(es)",
-        "",
-        f"{whole['clips_per_s']:.1f} clips/s, {whole['mfu']:.3f} of the matmul, "
-        f"{100 * whole['outside_the_model']:.0f} % of its time outside the model, "
-        f"{100 * whole['waited']:.0f} % waiting for frames; passes of "
-        f"{whole['clips_per_pass']} clips.",
-        "",
-        "## Views: milliseconds a video on one core, best rounds",
-        "",
-    ]
-    lines += table(["views and work", "ms"], [[name, f"{value:.1f}"] for name, value in result["views"].items()])
-    lines += [
-        "Loading is decoding with cutting and resampling, which are per crop: a shared resize would put the crops at"
-    ]
-    lines += ["other sub-pixel places."]
-    write(options.out, "predict_gpu" if device.type == "cuda" else "predict_cpu", result, lines, dry=options.dry)
+        alone = passes(options, device)
+        keep("passes", alone)
+        whole = whole_prediction(options, device, index, folder)
+    whole["mfu"] = whole["clips_per_s"] * alone["flops_per_clip"] / alone["matmul"]
+    most = max(alone["rounds"].get(OURS_COMPILED, alone["rounds"][OURS]))
+    whole["outside_the_model"] = max(0.0, 1 - whole["clips_per_s"] / most)
+    keep("whole", whole, last=True)
     missed = any("missed" in row[-1] for row in result["bars"])
     return FINDINGS if missed and not options.dry else DONE
 

@@ -59,6 +59,7 @@ OURS, EAGER = "vac_ddp", "vac_ddp, not compiled"
 HF_BYTES = "HF Trainer, best settings, from the same bytes"
 HF, HF_COMPILED, EXAMPLE = "HF Trainer, best settings", "HF Trainer, torch_compile", "HF Trainer, documented example"
 NOTEBOOK = "the notebook's loop"
+SHARE, WAIT, GOAL = "share of the matmul peak, with loader", "waiting for data", " (a goal)"
 
 
 def gpu_batch(clips: int, size: int, frames: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -119,25 +120,27 @@ def in_memory(options: Any, device: torch.device, index: Index) -> dict[str, Any
     config = settings_for(options.sizes, frames=frames, size=size, clips=clips, compile=False)
     ours = our_training(config, device)
     batch = training_set(index, config, ours.stepper.model.noise_size).__getitems__(keys_of(index, clips)).to(device)
-    theirs = peers.hf_model(ours.stepper.model).to(device)
-    check_same(ours, theirs, device)
+    check_same(ours, peers.hf_model(ours.stepper.model).to(device), device)
     floats = gpu_batch(clips, size, frames, device)
     raw = {"bytes": batch.clips, "labels": floats["labels"]}
     common: dict[str, Any] = {"clips": clips, "planned": None, "size": size, "batch": floats}
+
+    def fresh() -> torch.nn.Module:  # Trainer leaves `forward` wrapped
+        return peers.hf_model(ours.stepper.model).to(device)
+
     ways: dict[str, Callable[[Stopwatch], float]] = {
         EAGER: lambda watch: our_memory(ours, batch, watch),
-        HF: lambda watch: peers.hf_trainer(theirs, watch, **common),
-        HF_BYTES: lambda watch: peers.hf_trainer(theirs, watch, **(common | {"batch": raw})),
-        NOTEBOOK: lambda watch: peers.notebook_loop(theirs, watch, **common),
+        HF: lambda watch: peers.hf_trainer(fresh(), watch, **common),
+        HF_BYTES: lambda watch: peers.hf_trainer(fresh(), watch, **(common | {"batch": raw})),
+        NOTEBOOK: lambda watch: peers.notebook_loop(fresh(), watch, **common),
     }
     if options.compile:
         quick = settings_for(options.sizes, frames=frames, size=size, clips=clips, compile=True)
         compiled = our_training(quick, device)
-        other = peers.hf_model(ours.stepper.model).to(device)
         ways = {
             OURS: lambda watch: our_memory(compiled, batch, watch),
             **ways,
-            HF_COMPILED: lambda watch: peers.hf_trainer(other, watch, compile=True, **common),
+            HF_COMPILED: lambda watch: peers.hf_trainer(fresh(), watch, compile=True, **common),
         }
     found = in_turns(ways, options, device, alone=True)
     meters = ours.meters
@@ -156,7 +159,6 @@ def with_loader(options: Any, device: torch.device, index: Index) -> dict[str, A
     config.data.prefetch = 4
     ours = our_training(config, device)
     planned = planned_clips(training_set(index, config, 0), keys_of(index, 8 * len(index)), (240, 320))
-    theirs = peers.hf_model(ours.stepper.model)
     waits: list[float] = []
 
     def run_ours(watch: Stopwatch) -> float:
@@ -165,8 +167,7 @@ def with_loader(options: Any, device: torch.device, index: Index) -> dict[str, A
         return rate
 
     def fresh() -> torch.nn.Module:
-        model = peers.hf_model(ours.stepper.model) if device.type == "cuda" else theirs
-        return model.to(device)
+        return peers.hf_model(ours.stepper.model).to(device)
 
     common: dict[str, Any] = {"clips": clips, "planned": planned, "size": size}
     few: dict[str, Any] = {**common, "clips": min(8, clips)}
@@ -300,10 +301,10 @@ def bars(result: dict[str, Any], options: Any) -> list[dict[str, Any]]:
         met = found <= bar if most else found >= bar
         rows.append({"what": what, "found": round(found, 4), "bar": f"{'<=' if most else '>='} {bar:g}", "met": met})
 
-    memory, loading = result["memory"], result["loader"]
+    memory, loading = result.get("memory"), result.get("loader")
 
-    def add_ratio(part: dict[str, Any], where: str, way: str, over: str, bar: float) -> None:
-        if way in part["rounds"] and over in part["rounds"]:
+    def add_ratio(part: dict[str, Any] | None, where: str, way: str, over: str, bar: float) -> None:
+        if part is not None and way in part["rounds"] and over in part["rounds"]:
             kept = ratio(part["rounds"], way, over)
             rows.append(
                 {
@@ -315,20 +316,25 @@ def bars(result: dict[str, Any], options: Any) -> list[dict[str, Any]]:
                 | {"met": max(kept.values()) >= bar}
             )
 
-    if options.gpu:
-        best = max((HF, HF_COMPILED), key=lambda name: max(memory["rounds"].get(name, [0.0])))
-        add("share of the matmul peak, with loader", loading["mfu"][OURS], 0.45)
-        add("waiting for data", loading["data_wait"], 0.02, most=True)
-        add_ratio(memory, "in memory", OURS, best, 1.25)
-        best = max((HF, HF_COMPILED), key=lambda name: max(loading["rounds"].get(name, [0.0])))
-        for over, bar in ((best, 1.3), (EXAMPLE, 2.0), (NOTEBOOK, 3.0)):
+    def best_of(part: dict[str, Any] | None) -> str:
+        return max((HF, HF_COMPILED), key=lambda name: max(part["rounds"].get(name, [0.0])) if part else 0.0)
+
+    if options.gpu or options.dry:
+        if loading is not None:
+            add(SHARE, loading["mfu"][OURS], 0.45)
+            add(f"{SHARE}{GOAL}", loading["mfu"][OURS], 0.60)
+            add(WAIT, loading["data_wait"], 0.02, most=True)
+        add_ratio(memory, "in memory", OURS, best_of(memory), 1.25)
+        for over, bar in ((best_of(loading), 1.3), (EXAMPLE, 2.0), (NOTEBOOK, 3.0)):
             add_ratio(loading, "with loader", OURS, over, bar)
     else:
         add_ratio(memory, "in memory", EAGER, HF_BYTES, 1.0)
         add_ratio(memory, "in memory", OURS, HF_COMPILED, 1.0)
         add_ratio(loading, "with loader", OURS, HF, 1.0)
         add_ratio(loading, "with loader", OURS, NOTEBOOK, 4.0)
-    add("time of a step outside forward, backward and optimizer", result["profile"]["outside"], 0.03, most=True)
+    if "profile" in result:
+        outside = result["profile"]["outside"]
+        add("time of a step outside forward, backward and optimizer", outside, 0.03, most=True)
     return rows
 
 
@@ -344,16 +350,13 @@ def as_lines(result: dict[str, Any], options: Any, command: str) -> list[str]:
     )
     sizes = ", ".join(f"{name} {value}" for name, value in options.sizes.items())
     loaded = ", ".join(f"{name} {value}" for name, value in options.loader_sizes.items())
-    matmul, flops = result["memory"]["matmul"], result["memory"]["flops_per_clip"]
-    for part, title in (
-        ("memory", f"In memory: {sizes}, {options.frames} frames of {options.size}, batches of {options.clips}"),
-        (
-            "loader",
-            f"With loader: {loaded}, {options.frames} frames of {options.loader_size} from JPEGs of 320x240, "
-            f"{options.workers} loader process(es)",
-        ),
-    ):
-        lines += [f"## {title}", ""]
+    titles = {
+        "memory": f"In memory: {sizes}, {options.frames} frames of {options.size}, batches of {options.clips}",
+        "loader": f"With loader: {loaded}, {options.frames} frames of {options.loader_size} from JPEGs of 320x240, "
+        f"{options.workers} loader process(es)",
+    }
+    for part in (name for name in titles if name in result):
+        lines += [f"## {titles[part]}", ""]
         rates = result[part]["rounds"]
         rows = [
             [n, f"{sorted(r)[len(r) // 2]:.1f}", f"{max(r):.1f}", f"{result[part]['mfu'][n]:.3f}"]
@@ -362,27 +365,38 @@ def as_lines(result: dict[str, Any], options: Any, command: str) -> list[str]:
         lines += table(
             ["way", "clips/s, median", "best round", "of the matmul"], sorted(rows, key=lambda r: -float(r[1]))
         )
-    lines += [
-        "On a CPU, seconds are of processor time, so that what else runs on the machine counts less: in memory of this",
-        "process; with loader, of the busiest process, as if each had a core of its own. By the clock on the wall: "
-        + "; ".join(f"{n} {max(r):.0f}" for n, r in result["loader"].get("wall", {}).items())
-        + " clips/s (best rounds).",
-        "",
-        f"A matrix product reached {matmul / 1e12:.4g} TFLOP/s in this run; a clip of the first table costs "
-        f"{flops / 1e9:.4g} GFLOP forward and backward. Waiting for data with the loader: "
-        f"{100 * result['loader']['data_wait']:.1f} %.",
-        "",
+    if "wall" in result.get("loader", {}):
+        lines += [
+            "Seconds are of processor time, so that what else runs on the machine counts less: in memory of this",
+            "process; with loader, of the busiest process, as if each had a core of its own. By the clock on the wall: "
+            + "; ".join(f"{n} {max(r):.0f}" for n, r in result["loader"]["wall"].items())
+            + " clips/s (best rounds).",
+            "",
+        ]
+    if "memory" in result:
+        matmul, flops = result["memory"]["matmul"], result["memory"]["flops_per_clip"]
+        lines += [
+            f"A matrix product reached {matmul / 1e12:.4g} TFLOP/s in this run; a clip of the first table costs "
+            f"{flops / 1e9:.4g} GFLOP forward and backward.",
+        ]
+    if "loader" in result:
+        lines += [f"Waiting for data with the loader: {100 * result['loader']['data_wait']:.1f} %.", ""]
+    return lines + (profile_lines(result["profile"]) if "profile" in result else [])
+
+
+def profile_lines(found: dict[str, Any]) -> list[str]:
+    """The tables on where the time of a step goes."""
+    return [
         "## Where the time of a step goes",
         "",
-        f"A whole run whose data are ready (the first table's model), {result['profile']['ms_a_step']:.1f} ms a step.",
+        f"A whole run whose data are ready (the first table's model), {found['ms_a_step']:.1f} ms a step.",
         "",
+        *table(["phase", "share"], [[n, f"{100 * s:.2f} %"] for n, s in found["shares"].items()]),
+        *table(
+            ["operation (torch.profiler, own time)", "share", "calls a step"],
+            [[f"`{o['name']}`", f"{100 * o['share']:.1f} %", f"{o['calls']:.0f}"] for o in found["operations"]],
+        ),
     ]
-    lines += table(["phase", "share"], [[n, f"{100 * s:.2f} %"] for n, s in result["profile"]["shares"].items()])
-    lines += table(
-        ["operation (torch.profiler, own time)", "share", "calls a step"],
-        [[f"`{o['name']}`", f"{100 * o['share']:.1f} %", f"{o['calls']:.0f}"] for o in result["profile"]["operations"]],
-    )
-    return lines
 
 
 def choose(argv: list[str] | None) -> Any:
@@ -403,7 +417,7 @@ def choose(argv: list[str] | None) -> Any:
     options.clips = options.clips or (4 if small else 32)
     options.warm = 3 if small else 8
     options.rounds = options.rounds or (1 if options.gpu else 5)
-    options.seconds = options.seconds or (4.0 if small else 15.0)
+    options.seconds = options.seconds or (4.0 if small else 10.0)
     options.profile_steps = 40
     options.workers = options.workers or (1 if small else 16)
     options.notebook_workers = 1 if small else 4
@@ -426,15 +440,17 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(scratch)
         videos = 4 if options.dry else 12 if not options.gpu else 32
         index = make_frames(folder, videos=videos, frames=24 if options.dry else 48)
-        if options.only in (None, "memory"):
-            result["memory"] = in_memory(options, device, index)
-        if options.only in (None, "loader"):
-            result["loader"] = with_loader(options, device, index)
-        if options.only in (None, "profile"):
-            result["profile"] = profile(options, device, folder, index)
-    result["bars"] = bars(result, options)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "loader": lambda: with_loader(options, device, index),
+            "memory": lambda: in_memory(options, device, index),
+            "profile": lambda: profile(options, device, folder, index),
+        }
+        for part in (options.only,) if options.only else parts:
+            result[part] = parts[part]()
+            result["bars"] = bars(result, options)
+            write(options.out, name, result, as_lines(result, options, command), dry=options.dry, shown=False)
     write(options.out, name, result, as_lines(result, options, command), dry=options.dry)
-    return DONE if options.dry or all(bar["met"] for bar in result["bars"]) else FINDINGS
+    return DONE if options.dry or all(bar["met"] for bar in result["bars"] if GOAL not in bar["what"]) else FINDINGS
 
 
 if __name__ == "__main__":

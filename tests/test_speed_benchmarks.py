@@ -6,12 +6,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
 import torch
 
+from benchmarks.bars import required
 from benchmarks.common import Stopwatch, our_training, ratio, settings_for
+from benchmarks.curves import CHANGES
+from benchmarks.memory import TRIES, largest
+from benchmarks.options import Bench
 from benchmarks.peers import hf_model
 from benchmarks.tokens import interval, time_to
 from benchmarks.train_step import check_same
@@ -44,6 +49,19 @@ def test_a_dry_run_of_the_pieces_leaves_tables(tmp_path: Path) -> None:
     assert predict["passes"]["difference"] < 1e-3  # our logits and the peer's
     for name in ("train_cpu", "predict_cpu"):
         assert "A dry run" in (tmp_path / f"{name}.md").read_text()
+    rows = required(tmp_path, "cpu")
+    assert [row[0] for row in rows if row[1] == "not measured"] == [
+        f"loss curve of the first seed, {change}" for change in CHANGES
+    ]
+    assert [row[2].split()[:2] for row in rows if row[1] != "not measured"] == [
+        [">=", "0.45"],
+        [">=", "0.6"],
+        ["<=", "0.02"],
+        [">=", "1.3"],
+        [">=", "2"],
+        [">=", "0.5"],
+    ]
+    assert all(row[0] in done.stdout.split("######## required")[1] for row in rows)
     assert [line.split()[0] for line in done.stdout.split("######## summary")[1].split("\n") if line] == [
         "train",
         "predict",
@@ -133,6 +151,38 @@ def test_a_stopwatch_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert not alone.tick(8)
     assert alone.rate == pytest.approx(8 / 2.0)
     assert ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 4.0]}, "a", "b") == {"median": 2.0, "best": 2.25}
+
+
+@pytest.mark.parametrize("fixed", [1.0, 30.0])
+@pytest.mark.parametrize("each", [0.01, 0.07, 0.9, 7.0, 60.0, 200.0])
+def test_the_search_for_the_largest_batch_is_short_and_right(fixed: float, each: float) -> None:
+    asked = []
+
+    def peak(clips: int) -> float | None:
+        asked.append(clips)
+        used = fixed + each * clips * (1.02 if clips < 8 else 1.0)  # small batches are no exact measure
+        return used if used <= 78.0 else None
+
+    fits = [clips for clips in range(1, 1025) if fixed + each * clips * (1.02 if clips < 8 else 1.0) <= 78.0]
+    best = max(fits, default=0)
+    found, gib = largest(peak, 1024, 0.95 * 80)
+    assert len(asked) <= TRIES
+    assert best * 7 // 8 - 1 <= found <= best
+    assert found == 0 or gib == peak(found)
+
+
+def test_an_attention_option_builds_its_model_inside_its_context(tmp_path: Path) -> None:
+    """On the CPU the exact kernel by parts is what the context asks for, and the fused one what is taken without."""
+    from torch.profiler import ProfilerActivity, profile
+
+    options = SimpleNamespace(dry=True, clips=2, size=32, sizes={"width": 32, "depth": 2, "heads": 2})
+    ways = Bench(options, torch.device("cpu"), tmp_path).attention("MATH")
+    fused = []
+    for way in ways:
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            way(Stopwatch(torch.device("cpu"), seconds=0.0, warm=1, least=1))
+        fused.append(any("flash_attention_for_cpu" in event.key for event in found.key_averages()))
+    assert fused == [False, True]
 
 
 def test_results_are_kept_with_machine_versions_and_date() -> None:
