@@ -21,7 +21,7 @@ from vac_ddp.predict import main as predict_main
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.gpus import Gpu
 from vac_ddp.settings import ClipSettings, Config, ModelSettings
-from vac_ddp.training import resuming, same_run
+from vac_ddp.training import meters, resuming, same_run
 from vac_ddp.training.best_weights import BestFile
 from vac_ddp.training.trainer import open_trainer
 
@@ -269,6 +269,7 @@ def test_the_precision_is_that_of_the_run(place: Workplace) -> None:
 def test_auto_on_a_gpu_without_bf16_is_the_run_s_precision_on_any_gpu(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(meters.SIDE, "cpu", 32)
     words = ("train.max_steps=3", "data.val=null", "data.val_fraction=0")
     gpus = {bf16: Gpu(name="X", capability=(8, 0) if bf16 else (7, 5), bf16=bf16) for bf16 in (False, True)}
     monkeypatch.setattr(distributed, "weakest_gpu", lambda device: gpus[False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,4 +65,51 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     consolidate = getattr(optimizer, "consolidate_state_dict", None)
     if consolidate is not None:
         consolidate(to=0)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # its copies to the host are asynchronous, and it does not wait for them
     return optimizer.state_dict() if distributed.is_main() else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """A tensor that is sent by itself."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None) -> None:
+    """Load rank 0's `state` of an optimizer on every rank (None elsewhere); `state` itself is left alone.
+
+    Tensors are broadcast one by one to where their parameters are. A rank of a sharded optimizer keeps its shard.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shard: Any = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer keeps that of its shard there
+    own = {id(parameter) for group in shard.param_groups for parameter in group["params"]}
+    saved = {} if state is None else state["state"]
+    described = {number: {name: _describe(value) for name, value in entry.items()} for number, entry in saved.items()}
+    groups, entries = distributed.broadcast_object((state and state["param_groups"], described))
+    received: dict[int, dict[str, Any]] = {}
+    for number, entry in entries.items():
+        parameter = parameters[number]
+        values = {
+            name: _broadcast(value, saved.get(number, {}).get(name), parameter.device) for name, value in entry.items()
+        }
+        received[number] = values if id(parameter) in own else {}
+    optimizer.load_state_dict({"state": received, "param_groups": groups})
+
+
+def _describe(value: Any) -> Any:
+    """The description of a tensor; scalars, as the number of steps, are sent as they are."""
+    return _Described(shape=value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.ndim else value
+
+
+def _broadcast(value: Any, source: Tensor | None, device: torch.device) -> Any:
+    if not isinstance(value, _Described):
+        return value
+    tensor = torch.empty(value.shape, dtype=value.dtype, device=device)
+    if source is not None:
+        tensor.copy_(source)
+    if distributed.active():
+        dist.broadcast(tensor, src=0)
+    return tensor

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vac_ddp.runtime import distributed
 from vac_ddp.training.step_record import StepRecord, phases, seconds_between
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # the bits of an element, by its bytes
+PIECE = 1 << 20  # elements that are summed at a time
 WORTH_NAMING_S = 0.5  # lost between two lines of the log; less is the noise of a busy machine
 
 
@@ -98,15 +101,25 @@ def median_of_others(busy_s: list[float], rank: int) -> float:
 @torch.no_grad()
 def check_same_weights(model: nn.Module, step: int) -> None:
     """RuntimeError on every rank where the parameters of the ranks are not the same to the last bit."""
-    total = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    for place, parameter in enumerate(model.parameters(), start=1):
-        values = parameter.detach().double()
-        total[0] += values.sum() * place
-        total[1] += values.square().sum()
-    sums = distributed.all_gather_objects(total.tolist())
+    sums = distributed.all_gather_objects(checksums(model.parameters()))
     odd = [rank for rank, s in enumerate(sums) if s != sums[0]]
     if odd:
         raise RuntimeError(
             f"the weights of ranks {', '.join(map(str, odd))} differ from rank 0's at step {step}: "
             "this must not happen; go on from an earlier checkpoint and report it"
         )
+
+
+@torch.no_grad()
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Two sums modulo 2**64 over the bits of tensors on one device: of all elements, and of each times its place.
+
+    Sums of integers are exact in any order: equal bits give equal sums on any device, also where they are NaN.
+    """
+    pieces = [piece for tensor in tensors for piece in tensor.detach().flatten().split(PIECE)]
+    total = torch.zeros(2, dtype=torch.int64, device=pieces[0].device)
+    for number, piece in enumerate(pieces):
+        bits = piece.view(WORDS[piece.element_size()]).long()
+        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: no bit of an element is shifted out
+        total += torch.stack([bits.sum(), (bits * places).sum()]) * (2 * number + 1)
+    return [int(value) for value in total.tolist()]

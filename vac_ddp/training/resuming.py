@@ -18,9 +18,10 @@ from vac_ddp.models.build import OF_ARCHITECTURE
 from vac_ddp.models.torch_file import read_torch
 from vac_ddp.report.run_reader import read_classes
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.data_parallel import load_optimizer_state
 from vac_ddp.settings import Config
 from vac_ddp.text import printable
-from vac_ddp.training import checkpoint, run_directory, same_run
+from vac_ddp.training import run_directory, same_run
 from vac_ddp.training.best_weights import BestFile, is_file
 from vac_ddp.training.checkpoint_content import check_fits
 from vac_ddp.training.data_setup import Data, data_hashes, seen_by_weights
@@ -58,8 +59,8 @@ class Resumed:
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         """Give every rank rank 0's state of the optimizer; each keeps its share where it is sharded."""
-        saved, scale = distributed.broadcast_object((self.part("optimizer"), self.part("scaler")))
-        optimizer.load_state_dict(checkpoint.snapshot(saved))  # ZeRO changes its argument
+        load_optimizer_state(optimizer, self.part("optimizer"))
+        scale = distributed.broadcast_object(self.part("scaler"))
         if scaler is not None and scale is not None:
             scaler.load_state_dict(scale)
 
