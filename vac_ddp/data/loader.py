@@ -99,6 +99,7 @@ class Loader:
             **extra,
         )
         self._running: list[Any] = []
+        self._begun: Any = None  # an iteration whose batches nobody has asked for yet
         self._dataset = dataset
         self._met: set[str] = set()  # damaged frames
         self._videos: set[str] = set()  # of these frames
@@ -114,9 +115,15 @@ class Loader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def start(self) -> None:
+        """Let the loader processes begin with the batches of the next iteration, which then takes these."""
+        self._begun = iter(self._loader)
+        self._running[:] = [self._begun]
+
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)
-        self._running[:] = [batches]
+        if self._begun is None:
+            self.start()
+        batches, self._begun = self._begun, None
         while True:
             try:
                 batch = next(batches)
@@ -256,6 +263,12 @@ def views_loader(
 _AnyBatch = TypeVar("_AnyBatch", Batch, TestBatch)
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of this process on which batches are copied to a CUDA device: one, as each keeps memory of its own."""
+    return torch.cuda.Stream(device)
+
+
 def to_device(batches: Iterable[_AnyBatch], device: torch.device) -> Iterator[_AnyBatch]:
     """The batches on `device`.
 
@@ -266,7 +279,7 @@ def to_device(batches: Iterable[_AnyBatch], device: torch.device) -> Iterator[_A
         for batch in batches:
             yield batch.to(device)
         return
-    copying = torch.cuda.Stream(device)
+    copying = copy_stream(device)
     for batch in batches:
         with torch.cuda.stream(copying):
             moved = batch.to(device, non_blocking=True)

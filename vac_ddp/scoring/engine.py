@@ -111,12 +111,7 @@ class _Stream:
         if self.views == 2:
             clips = torch.stack([clips, clips.flip(-2)], dim=1).flatten(0, 1)
         rows = self._rows_of(clips).unflatten(0, (-1, self.views))
-        if rows.is_cuda:
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            host.copy_(rows, non_blocking=True)
-            self._under_way.append((host, torch.cuda.current_stream().record_event()))
-        else:
-            self._under_way.append((rows, None))
+        self._under_way.append(_to_host(rows))
 
     def _rows_of(self, clips: Tensor) -> Tensor:
         """What the model gives for clips (B, ...); halves the pass where the GPU is too small for it."""
@@ -145,6 +140,15 @@ class _Stream:
                 event.synchronize()
             self._rows.append(rows.numpy())
             self.available += len(rows)
+
+
+def _to_host(rows: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Rows in host memory, and the event after which they are there (None: they are)."""
+    if not rows.is_cuda:
+        return rows, None
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    return host, torch.cuda.current_stream(rows.device).record_event()  # of the rows' device, not the current one
 
 
 def _first(blocks: deque[_Rows], count: int) -> list[_Rows]:

@@ -270,6 +270,9 @@ class Trainer:
         where, tracker = self.position, self.tracker
         tracker.end_progress()
         last = where.step >= self.schedule.total_steps
+        if not last:  # the next epoch's first batches are decoded while the model is validated
+            self.sampler.set_epoch(where.epoch)
+            self.loader.start()
         best = False
         validation = None
         if self.validator is not None and (last or where.epoch % self.config.train.val_every == 0):
