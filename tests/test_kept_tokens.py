@@ -117,25 +117,16 @@ def test_one_clear_line_for_other_families_and_for_epochs_without_effect(tmp_pat
 @pytest.mark.fault
 @pytest.mark.distributed
 @pytest.mark.parametrize("policy", ["random", "motion"])
-def test_ranks_micro_batches_and_kills_change_nothing(tmp_path: Path, policy: str) -> None:
-    """21 videos, 6 a step, so that the last one is short; two epochs with half of the tokens, one with all."""
+def test_killed_and_resumed_with_half_of_the_tokens(tmp_path: Path, policy: str) -> None:
+    """Two epochs with half of the tokens, one with all; that ranks and micro-batches change nothing: test_faults.py."""
     place = Workplace(tmp_path)
     words = ["train.keep_tokens=0.5", f"train.keep_policy={policy}", "train.full_token_epochs=1", "data.workers=0"]
-    assert place.alone("one", *words, "train.clips_per_gpu=6").returncode == 0
-    assert place.train("two", *words, ranks=2).returncode == 0
-    expected, found = place.lines("one", "train"), place.lines("two", "train")
-    assert len(expected) == len(found) == 12
-    for a, b in zip(expected, found, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert b[name] == pytest.approx(a[name], rel=1e-5), (name, a["step"])
+    assert place.train("whole", *words).returncode == 0
+    assert f"tokens       4 of 8 a clip, {policy}; all in the last 1 epochs" in (tmp_path / "whole/log.txt").read_text()
     assert place.train("killed", *words, fault="SIGKILL step=7 rank=1").returncode != 0
     resumed = place.train("killed", *words, "run.resume=auto")
     assert "resumed at step 6 of 12" in resumed.stdout, resumed.stderr
-    assert_same_end(place, "two", "killed")
-    assert f"tokens       4 of 8 a clip, {policy}; all in the last 1 epochs" in (tmp_path / "one/log.txt").read_text()
-    assert place.alone("whole", "data.workers=0").returncode == 0
-    whole = place.lines("whole", "train")
-    assert whole[0]["grad_norm"] != pytest.approx(expected[0]["grad_norm"], rel=1e-5), "other tokens, other gradients"
+    assert_same_end(place, "whole", "killed")
 
 
 @pytest.mark.distributed
