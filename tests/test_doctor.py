@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import make_videos, one_line
 from tests.support import REPO, environment
 from vac_ddp.data.decode import decode_frame
-from vac_ddp.doctor import machine_rates
+from vac_ddp.doctor import examination, machine_rates
 from vac_ddp.doctor.advice import Measured, advice, limits
+from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
+from vac_ddp.training.meters import clip_flops
 
 GPU = Measured(
     workers=4,
@@ -100,6 +103,85 @@ def test_frames_are_looked_for_within_bounds(tmp_path: Path) -> None:
     assert 0 < len(found) <= machine_rates.SAMPLE
     assert len({path.parent for path in found}) > 10
     assert machine_rates.sample_frames(tmp_path / "nothing") == []
+
+
+def tiny(name: str, **model: object) -> Config:
+    """The settings of a model of few parameters."""
+    config = Config()
+    config.clip.frames, config.clip.size = 4, 32
+    config.model = dataclasses.replace(config.model, name=name, weights=None, width=32, depth=2, heads=2, **model)
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny("videomae"), tiny("lsvit"), tiny("frame_vit"), tiny("probe", encoder="videomae", pooling="attentive")],
+    ids=lambda config: config.model.name,
+)
+def test_a_model_is_counted_without_memory_for_it(config: Config) -> None:
+    model = examination.unallocated(config)
+    assert all(parameter.is_meta for parameter in model.parameters() if parameter.ndim > 1)
+    whole = examination.model_of(config)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in whole.parameters())
+    assert examination.flops_without_memory(model, config.clip) == clip_flops(whole, config.clip)
+
+
+def test_a_model_beyond_memory_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, built = tiny("videomae"), []
+    real = examination.model_of
+    monkeypatch.setattr(examination, "matmul_rate", lambda device, dtype: 1e15)
+
+    def counted(config: Config) -> object:
+        built.append(torch.get_default_device().type)
+        return real(config)
+
+    monkeypatch.setattr(examination, "model_of", counted)
+    parameters = sum(p.numel() for p in real(config).parameters())
+    lines: list[str] = []
+    for free, fits in ((8 * parameters - 1, False), (8 * parameters, True)):
+        monkeypatch.setattr(examination, "free_memory", lambda free=free: free)
+        rate, gradient = examination._measure_model(config, torch.device("cpu"), lines.append)
+        assert (rate is not None, gradient) == (fits, 4 * parameters)
+        assert ("does not fit into memory" in lines[-1]) is not fits
+    assert built == ["meta", "meta", "cpu"]
+
+
+@pytest.mark.parametrize(("most", "clips"), [(16, 16), (5, 4), (1, 1), (0, None)])
+def test_fewer_clips_are_passed_where_memory_ends(
+    monkeypatch: pytest.MonkeyPatch, most: int, clips: int | None
+) -> None:
+    passed = []
+
+    def passes(model: object, clip: object, count: int, *_: object) -> None:
+        if count > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        passed.append(count)
+
+    monkeypatch.setattr(examination, "train_pass", passes)
+    config = tiny("videomae")
+    config.train.clips_per_gpu = 64
+    rate = examination.step_rate(config, 10, torch.device("cpu"), 1.0, 1.0)
+    assert set(passed) == ({clips} if clips else set())
+    assert (rate is None) is (clips is None)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_one_gpu_has_nothing_to_reduce(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(distributed, "pick_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X")
+    monkeypatch.setattr(machine_rates, "DECODE_S", 0.01)
+    monkeypatch.setattr(examination, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(examination, "_measure_model", lambda config, device, say: (None, 400))
+    monkeypatch.setattr(examination, "all_reduce_rate", lambda ranks: asked.append(ranks) or 1e9)
+    config, lines = tiny("videomae"), []
+    config.data.train = "nowhere"
+    measured = examination.examine(config, lines.append)
+    assert asked == ([] if gpus == 1 else [2])
+    assert any(line.startswith("all-reduce") for line in lines) is (gpus > 1)
+    assert any("one clip does not fit into memory" in note for note in measured.notes)
+    assert advice(measured, config)[0].startswith("held back by ")
 
 
 def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from vac_ddp.data.decode import DamagedFrame, frame_size
 from vac_ddp.data.loader import clip_bytes, worker_count
 from vac_ddp.data.loader_memory import LoaderMemory
-from vac_ddp.doctor.advice import Measured
+from vac_ddp.doctor.advice import Measured, smaller_model
 from vac_ddp.doctor.machine_rates import (
     all_reduce_rate,
     copy_rate,
@@ -34,13 +35,16 @@ from vac_ddp.models.precision import AUTOCAST, precision_of
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.gpus import gpu_of
 from vac_ddp.runtime.host_memory import memory_limit
-from vac_ddp.settings import Config
+from vac_ddp.runtime.torch_compat import FakeTensorMode
+from vac_ddp.settings import ClipSettings, Config
 from vac_ddp.training.meters import GIB, clip_flops, matmul_rate
 from vac_ddp.version import installed
 
 SLOW_PASS_S = 6.0  # a pass on the CPU that would take longer is computed from the matrix product
 ASSUMED = 0.5  # share of the matrix product that a training step then reaches
 GRADIENT = 4  # bytes
+WEIGHT = 4
+MOST_CLIPS = 16  # of a pass on a GPU
 
 
 def model_of(config: Config) -> VideoModel:
@@ -52,22 +56,62 @@ def model_of(config: Config) -> VideoModel:
     return build_model(settings, config.clip, 51)
 
 
-def step_rate(config: Config, model: VideoModel, device: torch.device, flops: float, matmul: float) -> float:
-    """Clips a second forward and backward, measured, or on a slow CPU from the matrix product."""
+def unallocated(config: Config) -> VideoModel:
+    """The model of the settings on the meta device, where parameters take no memory; else as `model_of` gives it."""
+    try:
+        with torch.device("meta"):
+            return model_of(config)
+    except (RuntimeError, NotImplementedError):  # its library computes with values while it is built
+        return model_of(config)
+
+
+def flops_without_memory(model: VideoModel, clip: ClipSettings) -> tuple[float, float] | None:
+    """FLOP of one clip as `clip_flops` counts them, by a pass that computes nothing; parameters become fake ones."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        return clip_flops(model, clip)
+
+
+def step_rate(config: Config, parameters: int, device: torch.device, flops: float, matmul: float) -> float | None:
+    """Clips a second forward and backward, measured, or on a slow CPU from the matrix product.
+
+    parameters: how many the model has. None where it does not fit into memory with one clip.
+    """
     autocast = AUTOCAST[precision_of(config, gpu_of(device))]
     if device.type != "cuda" and flops / matmul > SLOW_PASS_S * ASSUMED:
         return ASSUMED * matmul / flops
+    host = min(free_memory(), memory_limit())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    if parameters * WEIGHT > host or parameters * (WEIGHT + GRADIENT) > free:
+        return None
     wanted = config.train.clips_per_gpu
-    clips = min(wanted, 16) if isinstance(wanted, int) else 16 if device.type == "cuda" else 1
-    model = model.to(device).train()
-    best = math.inf
+    clips = min(wanted, MOST_CLIPS) if isinstance(wanted, int) else MOST_CLIPS if device.type == "cuda" else 1
+    model = model_of(config).train()
+    model.checkpointing = config.train.checkpointing
+    while clips:
+        try:
+            return clips / _pass_seconds(model.to(device), config.clip, clips, autocast)
+        except torch.OutOfMemoryError:
+            clips //= 2
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return None
+
+
+def _pass_seconds(model: VideoModel, clip: ClipSettings, clips: int, autocast: torch.dtype | None) -> float:
+    device, best = next(model.parameters()).device, math.inf
     for _ in range(3 if device.type == "cuda" else 2):
         begin = time.perf_counter()
-        train_pass(model, config.clip, clips, device, autocast)
+        train_pass(model, clip, clips, device, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
-    return clips / best
+    return best
 
 
 def pillow_name() -> str:
@@ -99,8 +143,13 @@ def examine(config: Config, say: Callable[[str], None]) -> Measured:
     if copy is not None:
         say(f"{'host to device':<22} {copy / 1e9:.1f} GB/s, {copy / clip_bytes(clip):.0f} clips/s")
     step, gradient = _measure_model(config, device, say)
-    together = max(2, ranks)
-    reduce = all_reduce_rate(together)
+    if step is None and gradient:
+        notes.append(
+            "one clip does not fit into memory: raise train.checkpointing, lower clip.frames or clip.size, or take "
+            + smaller_model(config)
+        )
+    together = ranks if cuda else 2
+    reduce = all_reduce_rate(together) if together > 1 else None
     if reduce is not None:
         say(f"{'all-reduce':<22} {reduce / 1e9:.2f} GB/s over {together} {'GPUs' if ranks > 1 else 'processes'}")
     return Measured(
@@ -153,16 +202,21 @@ def _check_memory(config: Config, workers: int, ranks: int, *, cuda: bool, say: 
 
 
 def _measure_model(config: Config, device: torch.device, say: Callable[[str], None]) -> tuple[float | None, int]:
-    """Clips a second forward and backward, None where the FLOP cannot be counted, and bytes of gradients."""
+    """Clips a second forward and backward, and bytes of gradients.
+
+    None for the clips where the model does not fit into memory, or, with no bytes, its FLOP cannot be counted.
+    """
     matmul = matmul_rate(device, AUTOCAST[precision_of(config, gpu_of(device))])
     say(f"{'matrix product':<22} {matmul / 1e12:.4g} TFLOP/s in {precision_of(config, gpu_of(device))}")
-    model = model_of(config)
-    flops = clip_flops(model, config.clip)
+    model = unallocated(config)
+    flops = flops_without_memory(model, config.clip)
     if flops is None:
         return None, 0
-    step = step_rate(config, model, device, flops[1], matmul)
-    say(f"{'model':<22} {flops[1] / 1e9:.4g} GFLOP a clip, {step:.3g} clips/s, {step * flops[1] / matmul:.2f} of it")
-    return step, sum(p.numel() for p in model.parameters()) * (2 if config.train.bf16_reduce else GRADIENT)
+    parameters = sum(p.numel() for p in model.parameters())
+    step = step_rate(config, parameters, device, flops[1], matmul)
+    rate = "does not fit into memory" if step is None else f"{step:.3g} clips/s, {step * flops[1] / matmul:.2f} of it"
+    say(f"{'model':<22} {flops[1] / 1e9:.4g} GFLOP a clip, {rate}")
+    return step, parameters * (2 if config.train.bf16_reduce else GRADIENT)
 
 
 def _whole(data: bytes) -> bool:

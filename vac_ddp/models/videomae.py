@@ -276,10 +276,13 @@ def init_weights(model: VideoMAE, generator: torch.Generator, *, head_scale: flo
 
 
 def empty_model(architecture: Architecture, num_classes: int, **options: float) -> VideoMAE:
-    """A model whose parameters are memory without values, to be loaded or drawn; its position table is right."""
+    """A model whose parameters are memory without values, to be loaded or drawn; its position table is right.
+
+    Within `with torch.device("meta")` the parameters stay there and take no memory.
+    """
     with torch.device("meta"):
         model = VideoMAE(architecture, num_classes, **options)
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     model.set_buffers()
     return model
 
