@@ -228,7 +228,7 @@ def whole_prediction(options: Any, device: torch.device, index: Any, folder: Pat
         total = time.perf_counter() - start
         found.append({"clips_per_s": len(index) * per_video / total, "waited": done.waited / total, "seconds": total})
     best = max(found, key=lambda one: one["clips_per_s"])
-    return {**best, "videos": len(index), "clips_per_pass": scorer.clips_per_gpu}
+    return {**best, "videos": len(index), "clips_per_pass": scorer.clips_per_pass}
 
 
 def choose(argv: list[str] | None) -> Any:

@@ -29,6 +29,7 @@ from vac_ddp.predicting import prediction
 from vac_ddp.results import averaging
 from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.gpus import check_kernels, gpu_of
 from vac_ddp.scoring.scorer import Scorer, open_scorer
 from vac_ddp.scoring.views import set_views
 from vac_ddp.settings import Config
@@ -124,6 +125,9 @@ def load(run: str | Path, *, device: str | torch.device | None = None) -> Classi
         raise UserError(f"{path} has no best_<model>.pt: give a run that has been validated, or that file")
     source = open_own(path)
     config = settings_io.from_dict(source.config or {}, where=str(source.path))
-    scorer = open_scorer(config, source, torch.device(device) if device else distributed.pick_device())
+    where = torch.device(device) if device else distributed.pick_device()
+    if where.type == "cuda":
+        check_kernels(where)
+    scorer = open_scorer(config, source, where, gpu_of(where))  # other ranks of the caller's program are not asked
     source.state = {}  # the model has them
     return Classifier(classes=list(source.classes or []), config=config, source=source, scorer=scorer)

@@ -99,6 +99,27 @@ def load_batches(units: Sequence[tuple[int, ...]], units_per_load: int) -> list[
     ]
 
 
+def clips_of_rank(draws: int, repeats: int, world: int) -> int:
+    """Clips of a step of `draws` draws that the rank with most of them gets: whole units of two draws."""
+    units = -(-draws // 2)
+    single = draws % 2 == 1 and (units - 1) % world == 0  # the last unit, of one draw, goes to the rank with most units
+    return (2 * -(-units // world) - single) * repeats
+
+
+def equal_pieces(clips: int, fit: int, repeats: int) -> int:
+    """Clips of each piece where `clips` clips of a rank go through the model in as few pieces as fit, nearly equal.
+
+    Pieces are whole units of 2 x `repeats` clips, so that they differ by one unit at most; where not even one unit
+    fits, equal parts of it.
+    """
+    unit = 2 * repeats
+    if fit < unit:
+        return -(-unit // -(-unit // fit))
+    units = -(-clips // unit)
+    pieces = -(-units // (fit // unit))
+    return -(-units // pieces) * unit
+
+
 class StepSampler(DistributedSampler):
     """Batch sampler of the load batches (lists of :class:`Key`) that this rank needs, step after step.
 

@@ -21,6 +21,7 @@ from vac_ddp.results import averaging
 from vac_ddp.results.logits_file import Views, read_views
 from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.gpus import gpu_of
 from vac_ddp.runtime.host_memory import keep_freed_memory
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import say
@@ -68,7 +69,7 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
         task = make_task(config, source, index, device, sources=sources)
         ids, classes = task.head.ids, task.head.classes
         distributed.main_first(lambda: check_submission(ids, classes, config, request.sample), lambda: None)
-        scorer = open_scorer(config, source, device)
+        scorer = open_scorer(config, source, device, distributed.weakest_gpu(device))
         if device.type == "cpu":
             keep_freed_memory()
         stop.install()
@@ -96,8 +97,12 @@ def predict_one(request: Request, device: torch.device) -> None:
     if distributed.world_size() > 1:
         raise UserError(f"{data} is one video: start `vac predict` without torchrun")
     config.data.workers = 0
+
+    def opened() -> Scorer:
+        return open_scorer(config, request.source, device, gpu_of(device))
+
     with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
-        views, done, faults = predict_here(request, lambda: open_scorer(config, request.source, device), Path(scratch))
+        views, done, faults = predict_here(request, opened, Path(scratch))
         if views.failed[0]:
             raise UserError(f"{data}: {done.damage[0] if done.damage else 'no frame of it can be decoded'}")
         if request.out:

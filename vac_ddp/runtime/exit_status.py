@@ -23,8 +23,8 @@ from vac_ddp.runtime.monitor import PROCESS, does_not_answer, stopped_by_signals
 from vac_ddp.text import escape_output
 
 OUT_OF_MEMORY = (
-    "CUDA out of memory: lower train.clips_per_gpu (train.global_batch is kept by accumulation), clip.frames or "
-    "clip.size, or raise train.checkpointing"
+    "CUDA out of memory: in training lower train.clips_per_gpu (train.global_batch is kept by accumulation), "
+    "clip.frames or clip.size, or raise train.checkpointing; in prediction lower predict.clips_per_gpu"
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vac_ddp.data.batch import TestBatch
 from vac_ddp.errors import UserError
-from vac_ddp.scoring.scorer import Scorer
+from vac_ddp.scoring.scorer import Scorer, too_small
 
 _Rows = TypeVar("_Rows", Tensor, np.ndarray)
 
@@ -120,10 +120,7 @@ class _Stream:
                 return torch.cat([self._pass(part) for part in clips.split(self.size)])
             except torch.OutOfMemoryError:
                 if self.scorer.clips_per_gpu != "auto" or self.size == 1:
-                    raise UserError(
-                        f"CUDA out of memory with {self.size} clips in a pass: lower {self.scorer.setting}, or use "
-                        "train.precision=bf16"
-                    ) from None
+                    raise UserError(too_small(self.scorer, self.size)) from None
             self.size = max(1, self.size // 2)
             torch.cuda.empty_cache()
 

@@ -18,6 +18,7 @@ from vac_ddp.models.precision import AUTOCAST, autocast, precision_of
 from vac_ddp.models.video_model import VideoModel
 from vac_ddp.models.weight_files import Source
 from vac_ddp.runtime import distributed
+from vac_ddp.runtime.gpus import Gpu
 from vac_ddp.runtime.ranks import say
 from vac_ddp.settings import ClipSettings, Config
 
@@ -31,8 +32,9 @@ WORTH_TRYING = 2000  # clips of a rank: half a minute of compiling and trying si
 class Scorer:
     """The model and how clips go through it.
 
-    clips_per_gpu: the clips of a pass as `setting` gives them, or "auto". pad: fill the last, short pass with zeros,
-    because a compiled model would be compiled again for its size. steps: give the features of time steps, not logits.
+    clips_per_gpu: the clips of a pass as `setting` gives them, or "auto"; found: what `pass_size` made of auto.
+    pad: fill the last, short pass with zeros, because a compiled model would be compiled again for its size.
+    steps: give the features of time steps, not logits.
     """
 
     model: VideoModel
@@ -42,6 +44,7 @@ class Scorer:
     std: tuple[float, ...]
     flip: bool
     clips_per_gpu: int | str
+    found: int | None = None
     pad: bool = False
     steps: bool = False
     setting: str = "predict.clips_per_gpu"
@@ -49,7 +52,8 @@ class Scorer:
     @property
     def clips_per_pass(self) -> int:
         """The clips of a pass to begin with."""
-        return self.clips_per_gpu if isinstance(self.clips_per_gpu, int) else AUTO_CLIPS[self.device.type]
+        usual = self.found or AUTO_CLIPS[self.device.type]
+        return self.clips_per_gpu if isinstance(self.clips_per_gpu, int) else usual
 
     @torch.no_grad()
     def outputs(self, clips: Tensor) -> Tensor:
@@ -60,8 +64,11 @@ class Scorer:
             return outputs.float()
 
 
-def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
-    """The model of a checkpoint on its device, with what its views need."""
+def open_scorer(config: Config, source: Source, device: torch.device, gpu: Gpu | None) -> Scorer:
+    """The model of a checkpoint on its device, with what its views need.
+
+    gpu: the weakest of the ranks that predict together, by which the precision is chosen; None: a CPU.
+    """
     wanted = dataclasses.replace(config.model, weights=str(source.path))
     loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
     if loaded.report.missing:
@@ -69,7 +76,7 @@ def open_scorer(config: Config, source: Source, device: torch.device) -> Scorer:
     loaded.model.eval_tokens = kept_tokens(
         loaded.model, config.predict.keep_tokens, "motion", setting="predict.keep_tokens"
     )
-    return _scorer(loaded, config, device, source.precision)
+    return _scorer(loaded, config, device, precision_of(config, gpu, source.precision))
 
 
 def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadReport]:
@@ -87,13 +94,12 @@ def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadRepo
         )
     loaded = distributed.main_first(load, load)  # rank 0 downloads
     loaded.model.keep_encoder()
-    scorer = _scorer(loaded, config, device)
+    scorer = _scorer(loaded, config, device, precision_of(config, distributed.weakest_gpu(device)))
     scorer.steps = True
     return scorer, loaded.report
 
 
-def _scorer(loaded: Loaded, config: Config, device: torch.device, trained: str | None = None) -> Scorer:
-    precision = precision_of(config, distributed.weakest_gpu(device), trained)
+def _scorer(loaded: Loaded, config: Config, device: torch.device, precision: str) -> Scorer:
     return Scorer(
         model=loaded.model.to(device).eval(),
         device=device,
@@ -107,8 +113,8 @@ def _scorer(loaded: Loaded, config: Config, device: torch.device, trained: str |
 
 def prepare(scorer: Scorer, config: Config, clips: int) -> None:
     """Compile the model and find the size of a pass, where so many `clips` of this rank are worth it."""
-    if clips >= WORTH_TRYING:
-        scorer.clips_per_gpu = pass_size(scorer, config.clip, most=clips)
+    if clips >= WORTH_TRYING or config.predict.compile:
+        scorer.found = pass_size(scorer, config.clip, most=clips)
     scorer.pad = compile_if_it_works(
         scorer.model,
         lambda: zeros_pass(scorer, config.clip, scorer.clips_per_pass),
@@ -123,23 +129,33 @@ def prepare(scorer: Scorer, config: Config, clips: int) -> None:
 def pass_size(scorer: Scorer, clip: ClipSettings, *, most: int) -> int:
     """The clips of a pass: as set, or on a GPU as many as fit, up to `most`, while more of them take less time each.
 
-    Doubled from the usual size; each size is run twice with clips of zeros, and the second run counts.
+    Halved from the usual size until it fits, or doubled; each size is run twice with clips of zeros, and the second run
+    counts. UserError where not even one clip fits.
     """
     size = scorer.clips_per_pass
-    if scorer.clips_per_gpu != "auto" or scorer.device.type != "cuda" or most <= size:
+    if scorer.clips_per_gpu != "auto" or scorer.device.type != "cuda":
         return size
-    good, before = size, float("inf")
-    while size <= most:
-        try:
-            seconds = _pass_seconds(scorer, clip, size)
-        except torch.OutOfMemoryError:
+    before = _pass_seconds(scorer, clip, size)
+    if before is None:
+        while size > 1:
+            size //= 2
+            if _pass_seconds(scorer, clip, size) is not None:
+                return size
+        raise UserError(too_small(scorer, 1))
+    while 2 * size <= most:
+        seconds = _pass_seconds(scorer, clip, 2 * size)
+        if seconds is None or seconds / 2 > WORTH_DOUBLING * before:
             break
-        finally:
-            torch.cuda.empty_cache()
-        if seconds / size > WORTH_DOUBLING * before:
-            break
-        good, before, size = size, seconds / size, 2 * size
-    return good
+        before, size = seconds, 2 * size
+    return size
+
+
+def too_small(scorer: Scorer, size: int) -> str:
+    """The line for a GPU that is too small for a pass of `size` clips."""
+    remedy = f"lower {scorer.setting}" if scorer.clips_per_gpu != "auto" and size > 1 else "take a GPU with more memory"
+    return (
+        f"CUDA out of memory with {size} clip{'s' if size > 1 else ''} in a pass: {remedy}, or end other programs on it"
+    )
 
 
 def zeros_pass(scorer: Scorer, clip: ClipSettings, size: int) -> None:
@@ -148,12 +164,18 @@ def zeros_pass(scorer: Scorer, clip: ClipSettings, size: int) -> None:
     scorer.outputs(torch.zeros(shape, dtype=torch.uint8, device=scorer.device))
 
 
-def _pass_seconds(scorer: Scorer, clip: ClipSettings, size: int) -> float:
+def _pass_seconds(scorer: Scorer, clip: ClipSettings, size: int) -> float | None:
+    """Seconds of a pass of `size` clips; None where the GPU is too small for it."""
     seconds = 0.0
-    for _ in range(2):
-        torch.cuda.synchronize(scorer.device)
-        start = time.perf_counter()
-        zeros_pass(scorer, clip, size)
-        torch.cuda.synchronize(scorer.device)
-        seconds = time.perf_counter() - start
+    try:
+        for _ in range(2):
+            torch.cuda.synchronize(scorer.device)
+            start = time.perf_counter()
+            zeros_pass(scorer, clip, size)
+            torch.cuda.synchronize(scorer.device)
+            seconds = time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
     return seconds

@@ -198,7 +198,11 @@ def make_stepper(
     model.checkpointing = config.train.checkpointing
     groups = make_groups(model, config.optim, config.train.freeze_depth)
     wanted = config.train.clips_per_gpu
-    clips_per_gpu = wanted if isinstance(wanted, int) else auto_clips_per_gpu(config, model, device, resumed.facts)
+    if isinstance(wanted, int):
+        clips_per_gpu = wanted
+    else:
+        videos = len(objective.data.split.train)
+        clips_per_gpu = auto_clips_per_gpu(config, model, device, resumed.facts, precision=precision, videos=videos)
     if resumed.yes:
         resumed.check_fits(model, groups, averaged=config.train.ema_decay is not None)
         load_state(model, resumed.part("model"))
