@@ -8,6 +8,7 @@ little, if asked for), a rank may get nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -91,12 +92,15 @@ def rank_units(units: Sequence[tuple[int, ...]], rank: int, world: int) -> list[
 
 
 def load_batches(units: Sequence[tuple[int, ...]], units_per_load: int) -> list[list[int]]:
-    """Draw numbers of one rank and step in load batches of whole units; no units make one empty load batch."""
+    """Draw numbers of one rank and step in load batches of whole units; no units make one empty load batch.
+
+    As few batches as hold them at `units_per_load` units each, which then differ by one unit at most.
+    """
     if not units:
         return [[]]
-    return [
-        [draw for unit in units[i : i + units_per_load] for draw in unit] for i in range(0, len(units), units_per_load)
-    ]
+    count = -(-len(units) // units_per_load)
+    ends = [len(units) * i // count for i in range(count + 1)]
+    return [[draw for unit in units[a:b] for draw in unit] for a, b in itertools.pairwise(ends)]
 
 
 def clips_of_rank(draws: int, repeats: int, world: int) -> int:
@@ -109,7 +113,7 @@ def clips_of_rank(draws: int, repeats: int, world: int) -> int:
 def equal_pieces(clips: int, fit: int, repeats: int) -> int:
     """Clips of each piece where `clips` clips of a rank go through the model in as few pieces as fit, nearly equal.
 
-    Pieces are whole units of 2 x `repeats` clips, so that they differ by one unit at most; where not even one unit
+    The largest of them: pieces are whole units of 2 x `repeats` clips, dealt by `load_batches`. Where not even one unit
     fits, equal parts of it.
     """
     unit = 2 * repeats

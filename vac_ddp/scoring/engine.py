@@ -121,7 +121,7 @@ class _Stream:
             except torch.OutOfMemoryError:
                 if self.scorer.clips_per_gpu != "auto" or self.size == 1:
                     raise UserError(too_small(self.scorer, self.size)) from None
-            self.size = max(1, self.size // 2)
+            self.size = self.scorer.found = max(1, self.size // 2)
             torch.cuda.empty_cache()
 
     def _pass(self, clips: Tensor) -> Tensor:

@@ -152,10 +152,9 @@ def pass_size(scorer: Scorer, clip: ClipSettings, *, most: int) -> int:
 
 def too_small(scorer: Scorer, size: int) -> str:
     """The line for a GPU that is too small for a pass of `size` clips."""
-    remedy = f"lower {scorer.setting}" if scorer.clips_per_gpu != "auto" and size > 1 else "take a GPU with more memory"
-    return (
-        f"CUDA out of memory with {size} clip{'s' if size > 1 else ''} in a pass: {remedy}, or end other programs on it"
-    )
+    if scorer.clips_per_gpu != "auto" and size > 1:
+        return f"CUDA out of memory with {size} clips in a pass: lower {scorer.setting}"
+    return "CUDA out of memory with 1 clip in a pass: end other programs on the GPU, or take one with more memory"
 
 
 def zeros_pass(scorer: Scorer, clip: ClipSettings, size: int) -> None:

@@ -50,6 +50,7 @@ class Facts(TypedDict):
     hashes: NotRequired[Hashes]
     architecture: NotRequired[dict[str, Any]]
     head: NotRequired[str]
+    device_memory: NotRequired[Count]
     replaced: NotRequired[dict[str, Any]]
     precision: NotRequired[str]
     best: NotRequired[BestRecord | None]

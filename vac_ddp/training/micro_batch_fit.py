@@ -42,7 +42,8 @@ def auto_clips_per_gpu(
     per_step = config.train.global_batch // repeats
     steps = steps_of_epoch(videos, per_step)
     draws = -(-videos // steps) if config.train.even_steps else min(per_step, videos)
-    most = clips_of_rank(draws, repeats, distributed.world_size())
+    clips = clips_of_rank(draws, repeats, distributed.world_size())
+    most = -(-clips // (2 * repeats)) * 2 * repeats  # whole units, as the pieces are
     fit = CPU_CLIPS
     if device.type == "cuda":
         reserved = reserved_bytes(config, model, clips=most, world=distributed.world_size())
@@ -55,11 +56,19 @@ def same_devices(config: Config, facts: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of a run with these devices, and with settings that need as much of their memory."""
     now = {
         "device": " + ".join(sorted(set(distributed.all_gather_objects(device_name())))),
+        "device_memory": device_memory(),
         "world_size": distributed.world_size(),
         "checkpointing": config.train.checkpointing,
         "shard": config.optim.shard,
     }
     return all(facts.get(name, value) == value for name, value in now.items())
+
+
+def device_memory() -> int:
+    """MiB of the smallest GPU of all ranks; 0 on CPUs. A collective."""
+    cuda = torch.cuda.is_available()
+    own = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >> 20 if cuda else 0
+    return min(distributed.all_gather_objects(own))
 
 
 def reserved_bytes(config: Config, model: VideoModel, *, clips: int, world: int) -> int:

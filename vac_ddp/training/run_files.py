@@ -17,6 +17,7 @@ from vac_ddp.settings import Config
 from vac_ddp.training import checkpoint, run_directory
 from vac_ddp.training.best_weights import BestFile
 from vac_ddp.training.data_setup import Data, data_hashes
+from vac_ddp.training.micro_batch_fit import device_memory
 from vac_ddp.training.objective import Classification
 from vac_ddp.training.resuming import copy_report
 from vac_ddp.training.same_run import hash_settings
@@ -49,6 +50,7 @@ def make_saver(
             **checkpoint.environment_facts(),
             "vac_ddp": VERSION,
             "device": " + ".join(sorted(set(distributed.all_gather_objects(checkpoint.device_name())))),
+            "device_memory": device_memory(),
             "config": settings,
             "hashes": {**data_hashes(objective.data), "settings": hash_settings(settings)},
             "architecture": objective.loaded.architecture,
