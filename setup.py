@@ -37,7 +37,7 @@ setup(
     package_dir={"vac_ddp.configs": "configs"},  # the presets travel inside the package
     package_data={"vac_ddp": ["py.typed"], "vac_ddp.configs": ["*.yaml"]},
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11",  # 2.8 and 2.6: torchrun has no --signals-to-handle, so that SLURM's SIGUSR1 ends a run unsaved
         "torchvision",
         "transformers>=5.0",
         "timm",
