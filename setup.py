@@ -39,7 +39,7 @@ setup(
     install_requires=[
         "torch>=2.11",  # 2.8 and 2.6: torchrun has no --signals-to-handle, so that SLURM's SIGUSR1 ends a run unsaved
         "torchvision",
-        "transformers>=5.0",
+        "transformers>=5.22",  # 5.20: other classes of VideoPrism; 5.17: other names of VideoMAE's biases in memory
         "timm",
         "safetensors",
         "pyyaml",
