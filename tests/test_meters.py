@@ -262,7 +262,7 @@ def test_compiling_that_fails_is_off_with_its_reason(broken: None) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="extra test: needs a CUDA device")
 def test_on_a_gpu_the_blocks_are_compiled_and_the_meters_count_events(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
-    done = place.python("-m", "vac_ddp.train", *place.arguments("run"), CUDA_VISIBLE_DEVICES="0")
+    done = place.python("-m", "vac_ddp.train", *place.arguments("run", "train.compile=true"), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 0, done.stderr
     assert "compile off" not in done.stdout + done.stderr
     for line in place.lines("run", "train"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vac_ddp.errors import UserError
+from vac_ddp.runtime.torch_compat import compile_whole_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class VideoModel(nn.Module, ABC):
         # Blocks share their code, and with it the limit on how often it may be compiled for another batch size,
         # grad mode or frozen block; past the limit fullgraph is an error.
         torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
+        compile_whole_blocks()
         for module in self.compiled_modules():
             module.compile(fullgraph=True)
 

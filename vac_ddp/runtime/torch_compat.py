@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,19 @@ def uncompile(module: nn.Module) -> None:
     """Undo `nn.Module.compile` in `module` and all below it."""
     for part in module.modules():
         part._compiled_call_impl = None
+
+
+def compile_whole_blocks() -> None:
+    """Inside DDP's forward, compile a module as it is: by default it is cut where DDP's buckets end."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.optimize_ddp = False
+
+
+def graphs_compiled() -> int:
+    """Graphs that were compiled in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def resize_into(images: Tensor, out: Tensor) -> None:

@@ -39,8 +39,8 @@ def summarise(records: list[StepRecord], device: torch.device, memory_gib: float
 
     loss: mean of the finite samples' losses; accuracy: share of them whose largest target is on top; norm: the last
     step's gradient norm; bad_samples: samples with a non-finite loss, by rank; busy_s: seconds each rank had worked
-    before it began to wait for the others; phases: seconds of this rank (see `phases`); memory_gib: the most of any
-    rank's `memory_gib`.
+    before it began to wait for the others, in the steps in which none compiled; phases: seconds of this rank (see
+    `phases`); memory_gib: the most of any rank's `memory_gib`.
     """
     losses = torch.cat([x for r in records for x in r.losses] or [torch.zeros(0, device=device)]).double().cpu()
     correct = torch.cat([x for r in records for x in r.correct] or [torch.zeros(0, device=device)]).double().cpu()
@@ -53,11 +53,13 @@ def summarise(records: list[StepRecord], device: torch.device, memory_gib: float
         "finite": int(finite.sum()),
         "samples": len(losses),
         "bad": samples[~finite].tolist(),
-        "busy": sum(seconds_between(*r.busy) for r in records),
+        "busy": [seconds_between(*r.busy) for r in records],
+        "compiled": [r.compiled for r in records],
         "memory": memory_gib,
     }
     everyone: list[dict[str, Any]] = distributed.all_gather_objects(own)
     total = max(1, sum(o["finite"] for o in everyone))
+    usual = [not any(o["compiled"][i] for o in everyone) for i in range(len(records))]
     spent: dict[str, float] = {}
     for record in records:
         for name, seconds in phases(record).items():
@@ -71,7 +73,7 @@ def summarise(records: list[StepRecord], device: torch.device, memory_gib: float
         lr=records[-1].lr,
         bad_steps=[r.step for r, bad in zip(records, found.tolist(), strict=True) if bad],
         bad_samples={rank: o["bad"] for rank, o in enumerate(everyone) if o["bad"]},
-        busy_s=[o["busy"] for o in everyone],
+        busy_s=[sum(s for s, counts in zip(o["busy"], usual, strict=True) if counts) for o in everyone],
         phases=spent,
         memory_gib=max(o["memory"] for o in everyone),
     )

@@ -20,6 +20,7 @@ from vac_ddp.data.mixing import mix, soft_targets
 from vac_ddp.data.split import parse_fold
 from vac_ddp.models import Loaded
 from vac_ddp.models.build import architecture_of
+from vac_ddp.models.compilation import zero_clips
 from vac_ddp.models.kept_tokens import kept_tokens
 from vac_ddp.settings import Config
 from vac_ddp.training.data_setup import Data
@@ -79,11 +80,10 @@ class Classification:
         )
         return Prepared(clips=clips, targets=targets, noise=batch.noise, samples=batch.samples)
 
-    def zeros(self) -> tuple[Tensor, Tensor]:
-        """Input of the model for one sample that means nothing."""
-        clip = self.config.clip
-        clips = torch.zeros(1, clip.frames, 3, clip.size, clip.size, device=self.device)
-        return clips, torch.full((1, self.model.noise_size), 0.5, device=self.device)
+    def zeros(self, count: int) -> tuple[Tensor, Tensor]:
+        """Input of the model for `count` samples that mean nothing."""
+        noise = torch.full((count, self.model.noise_size), 0.5, device=self.device)
+        return zero_clips(self.config.clip, count, self.device), noise
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy (B,) of logits (B, K) with soft targets (B, K), weighted by class where weights are set."""

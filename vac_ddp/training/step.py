@@ -8,6 +8,7 @@ reduced in the last micro-batch; a rank without samples takes part with weight z
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,13 +21,13 @@ from torch import nn
 from vac_ddp.data.batch import Batch
 from vac_ddp.models import VideoModel
 from vac_ddp.models.batch_norm import running_statistics, statistics_unchanged
-from vac_ddp.models.compilation import compile_if_it_works, train_pass
+from vac_ddp.models.compilation import WORTH_COMPILING, compile_if_it_works, train_pass
 from vac_ddp.models.precision import AUTOCAST, autocast, run_precision
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.data_parallel import average, load_state, wrap
 from vac_ddp.runtime.host_memory import keep_freed_memory
 from vac_ddp.runtime.monitor import PROCESS
-from vac_ddp.runtime.torch_compat import skip_where
+from vac_ddp.runtime.torch_compat import graphs_compiled, skip_where
 from vac_ddp.settings import Config
 from vac_ddp.training.ema import Ema
 from vac_ddp.training.meters import Meters, clip_flops, matmul_rate
@@ -77,9 +78,9 @@ class Stepper:
         return output
 
     def zero_weight_pass(self) -> torch.Tensor:
-        """Take part in the reduction of gradients with a sample of zeros and weight zero."""
+        """Take part in the reduction of gradients with zeros of weight zero: one clip, or as many as it is compiled for."""
         with statistics_unchanged(self.model):
-            loss = self.forward(*self.objective.zeros()).float().sum() * 0.0
+            loss = self.forward(*self.objective.zeros(self.clips_per_gpu if self.compiled else 1)).float().sum() * 0.0
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def warm_up(self) -> None:
@@ -98,6 +99,7 @@ class Stepper:
         began: time.perf_counter() when the wait for the loads began. The record is appended to `records`.
         """
         set_lr(self.optimizer, lr)
+        graphs = graphs_compiled()
         record = StepRecord(
             step=step,
             samples=[],
@@ -138,6 +140,7 @@ class Stepper:
         self._update(record)
         self.last_end = self._now()
         record.marks.append(("optimizer", self.last_end))
+        record.compiled = graphs_compiled() > graphs
         self.records.append(record)
 
     def _forward_piece(self, piece: Prepared, record: StepRecord) -> torch.Tensor:
@@ -221,7 +224,7 @@ def make_stepper(
         lambda: train_pass(model, config.clip, clips_per_gpu, device, dtype),
         setting="train.compile",
         wanted=config.train.compile,
-        default=device.type == "cuda",
+        default=compiles_unasked(config, len(objective.data.split.train), clips_per_gpu, device, say),
         gather=distributed.all_gather_objects,
         say=say,
     )
@@ -246,3 +249,22 @@ def make_stepper(
         statistics=running_statistics(model) if config.model.batch_norm == "batch" else [],
     )
     return stepper, meters
+
+
+def compiles_unasked(
+    config: Config, videos: int, clips_per_gpu: int, device: torch.device, say: Callable[[str], None]
+) -> bool:
+    """Whether a run on so many training `videos` compiles where nothing is set: on CUDA, if it is long enough to gain.
+
+    The whole run counts, so that it is the same where it resumes.
+    """
+    train = config.train
+    if device.type != "cuda" or train.compile is not None:
+        return False
+    clips = train.epochs * videos * config.augment.repeats
+    if train.max_steps is not None:
+        clips = min(clips, train.max_steps * train.global_batch)
+    passes = math.ceil(clips / (distributed.world_size() * clips_per_gpu))
+    if passes < WORTH_COMPILING:
+        say(f"compile off: {passes} micro-batches in all would not regain the time (train.compile=true does it anyway)")
+    return passes >= WORTH_COMPILING

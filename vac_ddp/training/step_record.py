@@ -22,6 +22,7 @@ class StepRecord:
     lr: float
     busy: tuple[Any, Any]
     marks: list[tuple[str, Any]]  # what had ended and when, from the end of the step before (see `phases`)
+    compiled: bool = False  # in this step, on this rank
 
 
 def phases(record: StepRecord) -> dict[str, float]:
