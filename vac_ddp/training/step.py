@@ -78,7 +78,7 @@ class Stepper:
         return output
 
     def zero_weight_pass(self) -> torch.Tensor:
-        """Take part in the reduction of gradients with zeros of weight zero: one clip, or as many as it is compiled for."""
+        """Take part in the reduction of gradients with zeros of weight zero: one clip, or as many as are compiled."""
         with statistics_unchanged(self.model):
             loss = self.forward(*self.objective.zeros(self.clips_per_gpu if self.compiled else 1)).float().sum() * 0.0
         return loss if self.scaler is None else self.scaler.scale(loss)
