@@ -12,16 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.runs import Workplace
 from tests.test_dataset import NOISE, config
 from tests.test_dataset import folder as folder  # fixtures
 from tests.test_dataset import index as index
 from vac_ddp.arguments import parse_settings
+from vac_ddp.data.batch import TestBatch
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.loader import copy_stream, to_device, train_loader
 from vac_ddp.data.sampler import StepSampler
+from vac_ddp.runtime import distributed
 from vac_ddp.scoring import engine
+from vac_ddp.scoring import scorer as scorer_module
+from vac_ddp.settings import Config
 from vac_ddp.training.trainer import open_trainer
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -108,6 +113,68 @@ def test_logits_are_read_after_the_copy_from_their_own_device(
     assert recorder.said == [("copy", True), ("work cuda:1", "records")]
 
 
+class Recorded(TestBatch):
+    """A batch that says when it is copied, and stays in host memory."""
+
+    recorder: Any = None
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> TestBatch:
+        self.recorder.said.append((f"video {int(self.places)}", "to", str(device), non_blocking))
+        return self
+
+
+def test_a_prediction_copies_on_the_copy_stream_and_computes_outside_of_it(recorder: Recorder) -> None:
+    Recorded.recorder = recorder
+    clips = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1, 1, 1).expand(4, 2, 1, 1, 1, 3)  # two a video
+    batches = [
+        Recorded(
+            clips=clips[[video]],
+            places=torch.tensor([video]),
+            videos=torch.tensor([video]),
+            labels=torch.tensor([0]),
+            decoded=torch.tensor([True]),
+        )
+        for video in range(4)
+    ]
+
+    def outputs(clips: torch.Tensor) -> torch.Tensor:
+        recorder.said.append(("pass", len(clips)))
+        return clips.flatten(1).sum(1, keepdim=True).float()
+
+    scorer: Any = SimpleNamespace(
+        device=SECOND,
+        flip=False,
+        pad=False,
+        clips_per_pass=4,
+        model=SimpleNamespace(eval=lambda: None),
+        outputs=outputs,
+    )
+    found = list(engine.scored_videos(scorer, batches))
+    assert [video.outputs.tolist() for video in found] == [[[3.0 * n], [3.0 * n]] for n in range(4)]
+    copied = [
+        [
+            ("enter", "copies cuda:1"),
+            (f"video {video}", "to", "cuda:1", True),
+            ("leave", "copies cuda:1"),
+            ("work cuda:1", "waits for", "copies cuda:1"),
+        ]
+        for video in range(4)
+    ]
+    assert recorder.said == [*copied[0], *copied[1], ("pass", 4), *copied[2], *copied[3], ("pass", 4)]
+    assert recorder.made == 1
+
+
+def test_a_classifier_on_cuda_stays_on_the_device_that_was_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load(run, device="cuda")` in a program whose current device is cuda:1 then, and another one later."""
+    model = nn.Linear(1, 1)
+    monkeypatch.setattr(model, "to", lambda device: nn.Module.to(model, "meta"))  # a device that is there
+    loaded = SimpleNamespace(model=model, report=SimpleNamespace(missing=[]), mean=(0.5,), std=(0.5,))
+    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr(distributed, "weakest_gpu", lambda device: None)
+    source: Any = SimpleNamespace(path="best.pt", classes=["a", "b"], precision=None)
+    assert scorer_module.open_scorer(Config(), source, torch.device("cuda")).device == torch.device("meta")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_logits_from_a_second_gpu() -> None:
@@ -136,12 +203,14 @@ def test_a_loader_that_was_started_decodes_before_it_is_asked(index: Any) -> Non
     sampler = StepSampler(np.arange(13), seed=0, global_batch=4, clips_per_gpu=4, rank=0, world=1)
     plain = train_loader(TrainClips(index, np.arange(13), config(), NOISE, 11), sampler, workers=0, pin=False)
     loader = train_loader(dataset, sampler, workers=1, pin=False)
+    random = torch.get_rng_state()
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         loader.start()
         assert hears.recv_bytes() == b"1"  # nobody has asked for a batch
         found, expected = list(loader), list(plain)
         assert len(found) == len(expected) == 4
+        assert torch.equal(torch.get_rng_state(), random), "it is in the checkpoint, and the model's dropout follows it"
         assert all(torch.equal(a.clips, b.clips) for a, b in zip(found, expected, strict=True))
         for _ in range(3):
             hears.recv_bytes()

@@ -96,6 +96,7 @@ class Loader:
             collate_fn=_as_it_is,
             num_workers=self.workers,
             pin_memory=pin,
+            generator=torch.Generator(),  # that of torch is saved in checkpoints: nothing is drawn from it here
             **extra,
         )
         self._running: list[Any] = []
@@ -161,6 +162,7 @@ class Loader:
 
     def close(self) -> None:
         """End the loader processes."""
+        self._begun = None
         _shut_down(self._running)
 
 

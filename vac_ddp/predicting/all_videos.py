@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vac_ddp.data.batch import TestBatch
-from vac_ddp.data.loader import Loader, to_device
+from vac_ddp.data.loader import Loader
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.predicting import part_files
 from vac_ddp.predicting.task import Task
@@ -107,7 +106,7 @@ class _Share:
     def score(self, scorer: Scorer, loader: Loader, ended: Callable[[], bool], progress: Callable[[int], None]) -> None:
         """Score the videos of `loader` and save them, until `ended`; it closes the loader."""
         try:
-            for video in scored_videos(scorer, self._batches(loader, scorer.device)):
+            for video in scored_videos(scorer, self._batches(loader)):
                 damaged = self._damaged.pop(video.video)
                 self._waiting.append(_Finished(video=video.video, damaged=damaged, arrays=self._arrays(video)))
                 self.result.computed += 1
@@ -121,9 +120,9 @@ class _Share:
             loader.close()
             self._save()
 
-    def _batches(self, loader: Loader, device: torch.device) -> Iterator[TestBatch]:
-        """The batches of one video on `device`; their damaged frames are counted, and named in the result."""
-        result, batches = self.result, to_device(loader, device)
+    def _batches(self, loader: Loader) -> Iterator[TestBatch]:
+        """The batches of one video, whose damaged frames are counted, and named in the result."""
+        result, batches = self.result, iter(loader)
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)

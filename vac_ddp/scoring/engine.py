@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vac_ddp.data.batch import TestBatch
+from vac_ddp.data.loader import to_device
 from vac_ddp.errors import UserError
 from vac_ddp.scoring.scorer import Scorer, too_small
 
@@ -31,7 +32,7 @@ class Scored:
 
 
 def scored_videos(scorer: Scorer, batches: Iterable[TestBatch]) -> Iterator[Scored]:
-    """Send the videos of `batches` through the model in passes of full size; they come out in their order.
+    """Send the videos of `batches` to the device and through the model in passes of full size; their order stays.
 
     Clips of neighbouring videos share a pass, so that the last pass alone is short. The views of a video stand as in
     `scoring.views.view_table`, a mirrored one behind its clip.
@@ -39,7 +40,7 @@ def scored_videos(scorer: Scorer, batches: Iterable[TestBatch]) -> Iterator[Scor
     stream = _Stream(scorer)
     waiting: deque[_Waiting] = deque()
     scorer.model.eval()
-    for batch in batches:
+    for batch in to_device(batches, scorer.device):
         decoded = batch.decoded.tolist()
         for place, video, good in zip(batch.places.tolist(), batch.videos.tolist(), decoded, strict=True):
             clips = batch.clips.shape[1] if good else 0
@@ -86,8 +87,8 @@ class _Stream:
         self._rows: deque[np.ndarray] = deque()
 
     def put(self, clips: Tensor) -> None:
-        """Add clips (C, T, S, S, 3) uint8, in host memory or on the device."""
-        self._clips.append(clips.to(self.scorer.device, non_blocking=True))
+        """Add clips (C, T, S, S, 3) uint8 on the device."""
+        self._clips.append(clips)
         self._count += len(clips)
         while self._count * self.views >= self.size:
             self._forward(max(1, self.size // self.views))

@@ -100,9 +100,10 @@ def open_encoder(config: Config, device: torch.device) -> tuple[Scorer, LoadRepo
 
 
 def _scorer(loaded: Loaded, config: Config, device: torch.device, precision: str) -> Scorer:
+    model = loaded.model.to(device).eval()
     return Scorer(
-        model=loaded.model.to(device).eval(),
-        device=device,
+        model=model,
+        device=next(model.parameters()).device,  # that of "cuda" has a number, whatever becomes the current one later
         autocast=AUTOCAST[precision],
         mean=tuple(loaded.mean),
         std=tuple(loaded.std),

@@ -289,6 +289,7 @@ class Trainer:
         self.log.end_epoch(where, validation, best=best, damaged=damaged)
         if where.stopped_early:
             tracker.say(f"no better validation accuracy for {self.stopping.since_best} validations: ending early")
+            self.loader.close()
         if best and distributed.is_main():
             self._keep_best(validation)
         self.save()

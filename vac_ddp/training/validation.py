@@ -13,7 +13,7 @@ from vac_ddp.data.batch import TestBatch
 from vac_ddp.data.clip_sampling import window_count
 from vac_ddp.data.dataset import TestViews
 from vac_ddp.data.grouping import known_sources
-from vac_ddp.data.loader import to_device, views_loader
+from vac_ddp.data.loader import views_loader
 from vac_ddp.report.tracker import Tracker
 from vac_ddp.results.logits_file import ViewsHead, write_views
 from vac_ddp.results.metrics import classification_metrics
@@ -105,7 +105,7 @@ class Validator:
 
     def _batches(self, stop: Callable[[], bool]) -> Iterator[TestBatch]:
         """Batches of this rank, until `stop` said yes; all ranks ask it equally often, whatever they have left."""
-        own = to_device(self.loader, self.stepper.device)
+        own = iter(self.loader)
         for turn in range(self.rounds):
             if turn % ASK_EVERY == 0 and stop():
                 self._stopped = True
