@@ -23,7 +23,6 @@ from vac_ddp.data.batch import TestBatch
 from vac_ddp.data.dataset import TrainClips
 from vac_ddp.data.loader import copy_stream, to_device, train_loader
 from vac_ddp.data.sampler import StepSampler
-from vac_ddp.runtime import distributed
 from vac_ddp.scoring import engine
 from vac_ddp.scoring import scorer as scorer_module
 from vac_ddp.settings import Config
@@ -170,9 +169,8 @@ def test_a_classifier_on_cuda_stays_on_the_device_that_was_current(monkeypatch: 
     monkeypatch.setattr(model, "to", lambda device: nn.Module.to(model, "meta"))  # a device that is there
     loaded = SimpleNamespace(model=model, report=SimpleNamespace(missing=[]), mean=(0.5,), std=(0.5,))
     monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: loaded)
-    monkeypatch.setattr(distributed, "weakest_gpu", lambda device: None)
     source: Any = SimpleNamespace(path="best.pt", classes=["a", "b"], precision=None)
-    assert scorer_module.open_scorer(Config(), source, torch.device("cuda")).device == torch.device("meta")
+    assert scorer_module.open_scorer(Config(), source, torch.device("cuda"), None).device == torch.device("meta")
 
 
 @pytest.mark.gpu
