@@ -50,7 +50,7 @@ def train(place: Workplace, run: str, *words: str, stop: int | None = None, vali
     """
     words = (*WORDS, "checkpoint.every_steps=null", "log.every_steps=1", *words)
     settings = parse_settings(place.arguments(run, *words)).config
-    part = Part()
+    part, others = Part(), set(children_of(os.getpid()))  # of tests before this one
     with open_trainer(settings, torch.device("cpu")) as trainer:
         where, run_step = trainer.position, trainer.stepper.run
 
@@ -58,7 +58,7 @@ def train(place: Workplace, run: str, *words: str, stop: int | None = None, vali
             if named["step"] == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
             part.videos[where.epoch, where.step_in_epoch] = [v for batch in batches for v in batch.videos.tolist()]
-            part.children.append(set(children_of(os.getpid())))
+            part.children.append(set(children_of(os.getpid())) - others)
             run_step(batches, **named)
 
         assert trainer.validator is not None
@@ -76,7 +76,7 @@ def train(place: Workplace, run: str, *words: str, stop: int | None = None, vali
         except Interrupted as error:
             expected = stop + 2 if stop is not None else (validation or 0) * STEPS
             part.interrupted = error.step == where.step == expected
-        part.left = set(children_of(os.getpid()))
+        part.left = set(children_of(os.getpid())) - others
     assert not (part.left | part.children[0]) & set(children_of(os.getpid())), "a loader process is left"
     return part
 
