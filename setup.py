@@ -37,7 +37,7 @@ setup(
     package_dir={"vac_ddp.configs": "configs"},  # the presets travel inside the package
     package_data={"vac_ddp": ["py.typed"], "vac_ddp.configs": ["*.yaml"]},
     install_requires=[
-        "torch>=2.11",  # 2.8 and 2.6: torchrun has no --signals-to-handle, so that SLURM's SIGUSR1 ends a run unsaved
+        "torch>=2.11",  # 2.8 and 2.6: torchrun has no --signals-to-handle, by which SLURM's SIGUSR1 reaches the ranks
         "torchvision",
         "transformers>=5.22",  # 5.20: other classes of VideoPrism; 5.17: other names of VideoMAE's biases in memory
         "timm",

@@ -113,7 +113,7 @@ def table_of(run: Path) -> list[dict[str, Any]]:
 
 
 def agreement(ours: Path, theirs: Path) -> float:
-    """The least cosine between the features of a time step of ours and theirs, videos in the same order."""
+    """The least cosine between features of a time step by vac_ddp and by the pipeline, videos in the same order."""
     steps = read_features(ours).steps
     assert steps is not None
     with np.load(theirs) as file:

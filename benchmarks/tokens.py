@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 
 from benchmarks.common import about_line, arguments, machine, our_training, settings_for, table, write
@@ -36,7 +37,6 @@ from vac_ddp.training.trainer import open_trainer
 ALL = "all"
 REACHED = 0.95  # the validation accuracy whose time is compared
 SEEN_AS_SAFE = -0.05  # lower end of the interval of the difference on real clips
-T_95 = {2: 4.303, 4: 2.776, 14: 2.145}  # two-sided 95 % quantiles of Student's t by degrees of freedom
 Curve = list[tuple[float, float]]  # (processor seconds so far, validation accuracy) of every validation
 
 
@@ -109,7 +109,7 @@ def time_to(curve: Curve, accuracy: float) -> float:
 def interval(differences: list[float]) -> tuple[float, float, float]:
     """Mean of paired differences with its 95 % interval (Student's t)."""
     mean, count = statistics.mean(differences), len(differences)
-    half = T_95[count - 1] * statistics.stdev(differences) / math.sqrt(count)
+    half = float(scipy.stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     return mean, mean - half, mean + half
 
 

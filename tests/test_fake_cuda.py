@@ -60,7 +60,7 @@ def settings(model: str = "videomae") -> Config:
 
 
 def move(module: nn.Module) -> None:
-    """Fake parameters and buffers on CUDA in place of the real ones; what is no buffer stays where it is."""
+    """Fake parameters and buffers on CUDA in place of the real ones; other tensors stay where they are."""
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(torch.empty_like(p, device=CUDA), requires_grad=p.requires_grad))

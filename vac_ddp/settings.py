@@ -282,7 +282,10 @@ class TrainSettings:
         False, "spread an epoch's clips evenly over its steps, instead of a short last one: for very small sets"
     )
     clips_per_gpu: int | Literal["auto"] = setting(
-        "auto", "clips of one micro-batch on one rank; auto: what fits (CPU: 8)", low=1, high=10**6
+        "auto",
+        "clips of one micro-batch on one rank; auto: equal parts of a step that fit (CPU: at most 8 clips)",
+        low=1,
+        high=10**6,
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "autocast; auto: bf16 on GPUs (fp16 on those that only emulate bf16, as a T4), fp32 on the CPU"
