@@ -95,6 +95,7 @@ def test_videomae_goes_to_hugging_face_and_back(tmp_path, no_cache, capsys):
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "vac_ddp.yaml",
         "video_preprocessor_config.json",
     ]
     assert "on 4 real clips" in capsys.readouterr().out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vac_ddp import config as settings_io
 from vac_ddp.settings import Config
 from vac_ddp.text import listed
 
@@ -20,6 +21,7 @@ _FIGURES = {
     "calibration_error": "calibration error",
 }
 _RECIPE = ("clip", "augment", "model", "optim", "train", "val")
+_USE = ("clip", "model", "predict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +125,29 @@ def _data(card: Card) -> str:
 
 
 def _recipe(card: Card) -> str:
-    import yaml
+    text = _as_yaml({"seed": card.config.seed} | _groups(card.config, _RECIPE))
+    return f"## Recipe\n\nAll settings that shape the weights:\n\n```yaml\n{text}```"
 
-    groups: dict[str, Any] = {"seed": card.config.seed}
-    for group in _RECIPE:
-        groups[group] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(getattr(card.config, group)).items()
-        }
+
+def settings_to_use(config: Config) -> str:
+    """The settings that turn a video into the model's answer, as YAML: clips, model, views; without paths."""
+    return _as_yaml(_groups(config, _USE) | {"data": {"reduced_decode": config.data.reduced_decode}})
+
+
+def _groups(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """Groups of settings as plain values; of the path of weights the last part."""
+    values = settings_io.to_dict(config)
+    groups = {name: values[name] for name in names}
     weights = groups["model"]["weights"]
     if weights and not _HUB_ID.match(weights):
         groups["model"]["weights"] = Path(weights).name
-    text = yaml.safe_dump(groups, sort_keys=False, allow_unicode=True)
-    return f"## Recipe\n\nAll settings that shape the weights:\n\n```yaml\n{text}```"
+    return groups
+
+
+def _as_yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _use(card: Card) -> str:

@@ -18,12 +18,14 @@ from vac_ddp.data.split import split_rows
 from vac_ddp.errors import UserError
 from vac_ddp.export import hugging_face, onnx_file
 from vac_ddp.export.comparison import compare, make_probes
-from vac_ddp.export.model_card import Card, write_card
+from vac_ddp.export.model_card import Card, settings_to_use, write_card
 from vac_ddp.models import load_model
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.weight_files import Source, open_own
 from vac_ddp.settings import Config
 from vac_ddp.version import VERSION
+
+SETTINGS = "vac_ddp.yaml"  # how videos become clips and views, for `vac_ddp.load` and whoever prepares clips
 
 
 def export(run: Path, out: Path, *, onnx: bool = False, data: str | None = None) -> list[str]:
@@ -56,6 +58,7 @@ def export(run: Path, out: Path, *, onnx: bool = False, data: str | None = None)
             onnx_file.write_model(folder, model, probes[0][1], classes)
             compared += compare(model, onnx_file.logits_of(folder), probes, what="onnxruntime")
         card = _card(run, source, config, loaded, hf=reason is None, onnx=onnx, compared=compared + notes)
+        files.write_text(folder / SETTINGS, settings_to_use(config))
         files.write_text(folder / "README.md", write_card(card))
         names = sorted(path.name for path in folder.iterdir())
     lines = [f"{out}: {', '.join(names)}", *compared, *notes]
