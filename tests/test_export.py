@@ -17,11 +17,11 @@ from vac_ddp import config as settings_io
 from vac_ddp.commands.export_command import main
 from vac_ddp.errors import UserError
 from vac_ddp.export import hugging_face, onnx_file
-from vac_ddp.export.comparison import compare
-from vac_ddp.export.run_export import export
+from vac_ddp.export.comparison import compare, random_clips
+from vac_ddp.export.run_export import Options, export
 from vac_ddp.files import whole_folder, write_json
 from vac_ddp.models import file_state, load_model
-from vac_ddp.settings import ClipSettings, Config, ModelSettings
+from vac_ddp.settings import ClipSettings, Config, ModelSettings, PredictSettings
 
 CLASSES = ["brush_hair", "chew", "climb"]
 TINY = {"weights": None, "width": 16, "depth": 2, "heads": 2, "patch": 8, "head_init_scale": 50.0}
@@ -29,10 +29,16 @@ CLIP = ClipSettings(frames=4, size=16)
 
 
 def make_run(
-    folder: Path, model: ModelSettings, *, clip: ClipSettings = CLIP, data: str = "nowhere", change=None
+    folder: Path,
+    model: ModelSettings,
+    *,
+    clip: ClipSettings = CLIP,
+    predict: PredictSettings | None = None,
+    data: str = "nowhere",
+    change=None,
 ) -> Path:
     """A run directory with a best checkpoint, as training leaves it."""
-    config = Config(clip=clip, model=model)
+    config = Config(clip=clip, model=model, predict=predict or PredictSettings())
     config.data.train, config.optim.lr, config.optim.base_lr = data, 1e-3, None
     loaded = load_model(model, clip, CLASSES, seed=0)
     with torch.no_grad():
@@ -55,7 +61,7 @@ def make_run(
     return folder
 
 
-def frames_folder(root: Path, *, videos: int = 2, frames: int = 9) -> Path:
+def frames_folder(root: Path, *, videos: int = 2, frames: int = 9, size: tuple[int, int] = (60, 48)) -> Path:
     """Videos of random pictures, as <class>/<video>/0001.jpg."""
     rng = np.random.default_rng(0)
     for name in CLASSES:
@@ -65,7 +71,7 @@ def frames_folder(root: Path, *, videos: int = 2, frames: int = 9) -> Path:
             for frame in range(frames):
                 coarse = rng.integers(0, 255, (5, 6, 3), dtype=np.uint8)
                 stream = io.BytesIO()
-                Image.fromarray(coarse).resize((60, 48)).save(stream, "JPEG")
+                Image.fromarray(coarse).resize(size).save(stream, "JPEG")
                 (folder / f"{frame + 1:04d}.jpg").write_bytes(stream.getvalue())
     return root
 
@@ -92,6 +98,7 @@ def test_videomae_goes_to_hugging_face_and_back(tmp_path, no_cache, capsys):
     assert main([str(run), str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
+        "check.json",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -127,7 +134,7 @@ def test_the_card_tells_of_the_run(tmp_path):
     run = make_run(tmp_path / "run", ModelSettings(name="videomae", **TINY))
     export(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\npipeline_tag: video-classification\nlibrary_name: transformers\n")
+    assert card.startswith("---\nlicense: unknown\npipeline_tag: video-classification\nlibrary_name: transformers\n")
     for text in (
         "| top-1 accuracy | 0.6250 |",
         "On 2 validation videos",
@@ -169,7 +176,7 @@ def test_the_pipeline_puts_the_same_class_on_top(tmp_path):
             loaded.model.head.bias -= logits_of(loaded).mean(0)
 
     run = make_run(tmp_path / "run", ModelSettings(name="videomae", **TINY), clip=clip, change=even)
-    export(run, tmp_path / "out", data=str(data))
+    export(run, tmp_path / "out", Options(data=str(data)))
     classify = pipeline("video-classification", model=str(tmp_path / "out"))
     logits = logits_of(load_model(ModelSettings(name="videomae", weights=str(run)), clip, CLASSES, seed=0))
     tops = set()
@@ -201,7 +208,7 @@ def test_other_models_are_refused_for_hugging_face_and_go_to_onnx(tmp_path, name
     with pytest.raises(UserError, match=rf"{why}.*--onnx"):
         export(run, out)
     assert not out.exists()
-    lines = export(run, out, onnx=True)
+    lines = export(run, out, Options(onnx=True))
     assert any("no Hugging Face model" in line for line in lines)
     assert not (out / "config.json").exists()
     assert json.loads((out / "classes.json").read_text()) == CLASSES
@@ -217,7 +224,7 @@ def test_interpolated_positions_are_refused_for_hugging_face(tmp_path):
     run = make_run(tmp_path / "run", longer, clip=ClipSettings(frames=8, size=16))
     with pytest.raises(UserError, match="cannot be interpolated"):
         export(run, tmp_path / "out")
-    lines = export(run, tmp_path / "out", onnx=True)
+    lines = export(run, tmp_path / "out", Options(onnx=True))
     assert any(line.startswith("onnxruntime: logits within") for line in lines)
     assert (tmp_path / "out" / "model.onnx").exists()
 
@@ -245,7 +252,7 @@ def test_a_run_that_began_from_an_official_file_is_exported_with_the_difference_
     assert net.config.layer_norm_eps == 1e-6
     content = torch.load(run / "best_videomae.pt", weights_only=True)
     model = load_model(ModelSettings(name="videomae", weights=str(run)), CLIP, CLASSES, seed=0).model.eval()
-    clips = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clips = random_clips((2, 4, 3, 16, 16))
     with torch.no_grad():
         state, video = official_state(model), clips.transpose(1, 2)
         want = official_logits(state, video, heads=2, eps=1e-6, head_eps=1e-6)
@@ -269,7 +276,7 @@ def test_models_of_transformers_go_back(tmp_path, kind):
     tiny(kind).save_pretrained(tmp_path / "hub")
     wanted = ModelSettings(name="hf", weights=str(tmp_path / "hub"), head_init_scale=50.0)
     run = make_run(tmp_path / "run", wanted)
-    lines = export(run, tmp_path / "out", onnx=kind == "vivit")
+    lines = export(run, tmp_path / "out", Options(onnx=kind == "vivit"))
     net = AutoModelForVideoClassification.from_pretrained(tmp_path / "out").eval()
     assert net.config.id2label == dict(enumerate(CLASSES))
     trained = load_model(ModelSettings(name="hf", weights=str(run)), CLIP, CLASSES, seed=0)

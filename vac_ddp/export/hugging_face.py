@@ -111,16 +111,38 @@ def logits_of(folder: Path, model: VideoModel) -> Callable[[Tensor], Tensor]:
     """A function from clips to the logits of what transformers loads from `folder`; its weights must be ours, bit
     for bit.
     """
-    from transformers import AutoModelForVideoClassification
-
-    net = AutoModelForVideoClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    net = _load(folder)
     ours = file_state(model) if isinstance(model, VideoMAE) else _net_of(model).state_dict()
     theirs = net.state_dict()
     other = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
     other += [name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])]
     if other:
         raise RuntimeError(f"transformers reads other weights than were written: {', '.join(sorted(other)[:4])}")
+    return _forward(net)
+
+
+def load_exported(folder: Path) -> Callable[[Tensor], Tensor]:
+    """A function from clips to the logits of what transformers loads from `folder`, whatever its weights are."""
+    return _forward(_load(folder))
+
+
+def _forward(net: Any) -> Callable[[Tensor], Tensor]:
     return lambda clips: net(**{net.main_input_name: clips}).logits.flatten(1)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForVideoClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForVideoClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).eval()
+
+
+def input_name(model: VideoModel) -> str:
+    """The argument that takes the clips in the forward pass of transformers' class for this model."""
+    return str(_net_of(model).main_input_name) if isinstance(model, HFClassifier) else "pixel_values"
 
 
 def with_hf_eps(model: VideoModel) -> VideoModel:

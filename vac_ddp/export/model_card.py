@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp import config as settings_io
+from vac_ddp.errors import UserError
+from vac_ddp.export.card_code import card_code
 from vac_ddp.settings import Config
 from vac_ddp.text import listed
 
+UNKNOWN = "unknown"  # the hub's name of a licence that is not stated
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FIGURES = {
     "top1": "top-1 accuracy",
@@ -28,8 +32,9 @@ _USE = ("clip", "model", "predict")
 class Card:
     """What the card says: facts of the run, and what the export wrote and compared.
 
-    parts: videos by part of the split ("train", "val", "unused"); empty where the split is not known. compared: one
-    line for every comparison of logits. versions: name to version.
+    parts: videos by part of the split ("train", "val", "unused"); empty where the split is not known. hf_input: which
+    argument of transformers' class takes the clips; None: there is no such class. repo: hub id that the code loads
+    from; None: the card's folder. compared: one line per comparison of logits. versions: name to version.
     """
 
     config: Config
@@ -39,10 +44,20 @@ class Card:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     parameters: int
-    hf: bool
+    hf_input: str | None
     onnx: bool
+    license: str = UNKNOWN
+    repo: str | None = None
     compared: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+
+def check_license(name: str) -> None:
+    """UserError for what cannot be an identifier of a licence on the hub."""
+    if not _LICENSE.fullmatch(name):
+        raise UserError(
+            f"--license {name}: expected an identifier of the hub, such as apache-2.0, cc-by-nc-4.0 or other"
+        )
 
 
 def write_card(card: Card) -> str:
@@ -53,8 +68,8 @@ def write_card(card: Card) -> str:
 
 def _head(card: Card) -> str:
     model = card.config.model
-    lines = ["---", "pipeline_tag: video-classification"]
-    if card.hf:
+    lines = ["---", f"license: {card.license}", "pipeline_tag: video-classification"]
+    if card.hf_input:
         lines.append("library_name: transformers")
     lines += ["tags:", "- video-classification", f"- {model.name}", "- vac_ddp"]
     if model.weights and _HUB_ID.match(model.weights) and not Path(model.weights).exists():
@@ -68,7 +83,7 @@ def _summary(card: Card) -> str:
     began = _origin(config.model.weights)
     return (
         f"# {name}\n\n"
-        f"A {config.model.name} with {card.parameters:,} parameters that tells the class of a video "
+        f"A {config.model.name} with {card.parameters:,} parameters that predicts the class of a video "
         f"from {config.clip.frames} of its frames at {config.clip.size} x {config.clip.size} pixels. {began} "
         "Trained with vac_ddp."
     )
@@ -78,7 +93,7 @@ def _origin(weights: str | None) -> str:
     if weights is None:
         return "It was trained from scratch."
     if _HUB_ID.match(weights) and not Path(weights).exists():
-        return f"It was fine-tuned from `{weights}`."
+        return f"It was fine-tuned from `{weights}`, whose licence applies to it as well."
     return f"It was fine-tuned from weights in `{Path(weights).name}`."
 
 
@@ -153,38 +168,24 @@ def _as_yaml(values: dict[str, Any]) -> str:
 def _use(card: Card) -> str:
     clip = card.config.clip
     short = clip.short_side or clip.size
-    numbers = " and ".join(" ".join(f"{x:g}" for x in values) for values in (card.mean, card.std))
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (card.mean, card.std))
     step = f"every {clip.stride}. frame" if clip.sampling == "dense" and clip.stride > 1 else "neighbouring frames"
     frames = step if clip.sampling == "dense" else "one frame of each of as many equal segments of the video"
-    lines = [
+    text = [
         "## Use",
-        "",
         f"Input: {clip.frames} frames ({frames}), resized to a short side of {short} pixels (bilinear, antialiased), "
-        f"the middle {clip.size} x {clip.size} of it, divided by 255, normalised with mean and deviation {numbers}.",
+        f"the middle {clip.size} x {clip.size} of it, divided by 255, normalized with mean {mean} and std {std}.",
+        "The code below chooses and prepares frames as the run did, averages over its views, and prints the most "
+        "probable classes of video files and of folders of frames. Save it in the folder of this card as `classify.py`:"
+        "\n\n    python classify.py clip.mp4 folder_of_frames",
     ]
-    if card.hf:
-        lines += [
-            "",
-            "```python",
-            "from transformers import pipeline",
-            "",
-            'classify = pipeline("video-classification", model="THIS_FOLDER")',
-            f"classify(frames)  # uint8 array ({clip.frames}, height, width, 3), chosen as above",
-            "```",
-        ]
-    if card.onnx:
-        shape = f"(N, {clip.frames}, 3, {clip.size}, {clip.size})"
-        lines += [
-            "",
-            "```python",
-            "import json, onnxruntime",
-            "",
-            'session = onnxruntime.InferenceSession("THIS_FOLDER/model.onnx")',
-            f'(logits,) = session.run(None, {{"clips": clips}})  # float32 {shape}, normalised as above',
-            'classes = json.load(open("THIS_FOLDER/classes.json"))  # logits (N, classes) are in this order',
-            "```",
-        ]
-    return "\n".join(lines)
+    normalization = (card.mean, card.std)
+    for library in ["torch transformers"] * bool(card.hf_input) + ["onnxruntime"] * card.onnx:
+        argument = None if library == "onnxruntime" else card.hf_input
+        code = card_code(clip, card.config.predict, normalization, argument=argument, repo=card.repo)
+        needs = f"pip install numpy pillow {library}{' huggingface_hub' * bool(card.repo)}"
+        text.append(f"By {library.split()[-1]} (`{needs}`, and `av` for video files):\n\n```python\n{code}\n```")
+    return "\n\n".join(text)
 
 
 def _compared(card: Card) -> str:
