@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -56,13 +57,14 @@ def codes(card: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)\n```", card.read_text(), re.DOTALL)
 
 
-def video_file(path: Path, *, frames: int = 12) -> Path:
-    """Write a small video file of smooth random pictures."""
+def video_file(path: Path, *, frames: int = 12, aspect: float = 1) -> Path:
+    """Write a small video file of random pictures whose pixels are `aspect` times as wide as they are high."""
     import av
 
     rng = np.random.default_rng(1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
+        stream.sample_aspect_ratio = Fraction(aspect)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         for _ in range(frames):
             coarse = rng.integers(0, 255, (7, 9, 3), np.uint8).repeat(4, 0).repeat(4, 1)
@@ -91,7 +93,7 @@ def test_the_code_of_the_card_answers_as_we_do(tmp_path, monkeypatch, views):
     for program in programs:
         scope: dict = {}
         exec(compile(program, "classify.py", "exec"), scope)
-        for video in (long, short, video_file(tmp_path / "clip.mp4")):
+        for video in (long, short, video_file(tmp_path / "clip.mp4", aspect=1.25)):
             (ours,) = model.predict(video, top=3)
             theirs = scope["classify"](str(video))
             assert sorted(name for name, _ in theirs) == sorted(CLASSES)

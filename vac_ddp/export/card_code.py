@@ -40,8 +40,11 @@ def frames_of(video):
         import av
 
         with av.open(str(video)) as container:
-            for frame in container.decode(video=0):
-                yield frame.to_image().rotate(frame.rotation, expand=True)
+            stream = container.streams.video[0]
+            aspect = float(stream.sample_aspect_ratio or 1)  # of a pixel
+            for frame in container.decode(stream):
+                image = frame.to_image(width=round(frame.width * aspect), height=frame.height, interpolation="BICUBIC")
+                yield image.rotate(frame.rotation, expand=True)
 """
 
 _PREPARE = """\
