@@ -255,8 +255,8 @@ def step(options: Any, folder: Path) -> tuple[dict[str, Any], list[str]]:
     )
     lines += [
         f"{count} clip(s) of {frames} frames of {size} pixels, one thread; ours augments and normalizes as well.",
-        "Packing clips of different numbers of tokens was not built: `torch.nn.attention.varlen` has a CUDA kernel only,",
-        "so it cannot be faster than a fixed number here, and a fixed number needs no recompilation.",
+        "Packing clips of different numbers of tokens was not built: `torch.nn.attention.varlen` has a CUDA kernel",
+        "only, so it cannot be faster than a fixed number here, and a fixed number needs no recompilation.",
     ]
     return {"seconds": seconds, "ratios": ratios}, lines
 
