@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from tests.support import REPO
 from tests.test_extract import levels, make_video, picture, with_matrix
 from vac_ddp.commands.extract_command import main
+from vac_ddp.data.decode import decode_frame
+from vac_ddp.data.video_frames import Encoding, VideoFrames, open_video
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.predicting.inputs import lay_out
@@ -63,6 +66,11 @@ def frames_of(path: Path, *, rate: float | None = None, faults: bool = False) ->
     frames = list(video.frames(rate=rate))
     assert bool(video.faults) == faults, video.faults
     return frames
+
+
+def frames_at(path: Path, numbers: Sequence[int]) -> list[np.ndarray]:
+    read = VideoFrames(path, Encoding())
+    return [read.pixels(number) for number in numbers]
 
 
 # ---------------------------------------------------------------- how frames are shown
@@ -130,7 +138,7 @@ def test_an_edit_list_hides_frames_and_nothing_is_missing(tmp_path: Path) -> Non
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 20
     assert levels(frames_of(path)) == list(range(5, 20))
-    assert levels(VideoFile(path=path).frames_at([0, 14])) == [5, 19]
+    assert levels(frames_at(path, [0, 14])) == [5, 19]
 
 
 def test_empty_chunks_of_an_avi_are_no_missing_frames(tmp_path: Path) -> None:
@@ -153,7 +161,7 @@ def test_a_clock_that_jumps_is_read_as_continuous(tmp_path: Path, jump: float) -
     assert levels(frames_of(path)) == list(range(20))
     assert levels(frames_of(path, rate=RATE)) == list(range(20))
     assert len(frames_of(path, rate=5)) == 10
-    assert levels(VideoFile(path=path).frames_at([3, 12])) == [3, 12]
+    assert levels(frames_at(path, [3, 12])) == [3, 12]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,7 @@ def test_no_frame_is_lost_and_the_work_is_bounded(
 def test_a_stream_without_time_stamps_is_played_at_its_rate(tmp_path: Path) -> None:
     path = encode(tmp_path / "raw.mpg", range(12), container="m4v")
     assert levels(frames_of(path)) == list(range(12))
-    assert levels(VideoFile(path=path).frames_at([11, 2])) == [11, 2]
+    assert levels(frames_at(path, [11, 2])) == [11, 2]
 
 
 # ---------------------------------------------------------------- single frames
@@ -206,11 +214,11 @@ def test_single_frames_are_those_of_the_whole_pass(
     table = video.table()
     assert len(table) == len(whole) == 60 and table.seekable
     for asked in ([0], [59], [13, 14, 40], [50, 3, 3, 27], list(range(60))):
-        for got, number in zip(video.frames_at(asked, table), asked, strict=True):
+        for got, number in zip(frames_at(path, asked), asked, strict=True):
             np.testing.assert_array_equal(got, whole[number])
-    assert video.frames_at([5], table, short_side=24)[0].shape == (24, 32, 3)
-    with pytest.raises(IndexError, match="60 frames"):
-        video.frames_at([60], table)
+    assert VideoFrames(path, Encoding(short_side=24)).pixels(5).shape == (24, 32, 3)
+    with pytest.raises(OSError, match="60 frames"):
+        frames_at(path, [60])
 
 
 def test_single_frames_are_read_without_those_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +234,75 @@ def test_single_frames_are_read_without_those_before_them(tmp_path: Path, monkey
             yield frame
 
     monkeypatch.setattr(Picture, "decode", count)
-    assert len(VideoFile(path=path).frames_at([25, 95])) == 2
+    assert levels(frames_at(path, [25, 95])) == [0, 20]
     assert len(decoded) <= 20  # of two groups of ten
+
+
+def whole_pass(path: Path, short_side: int) -> list[bytes]:
+    """The frames of a file as JPEGs, by the means of `frames` alone."""
+    images = VideoFile(path=path).frames(short_side=short_side)
+    return [simplejpeg.encode_jpeg(image, quality=95, colorsubsampling="444") for image in images]
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Files that are damaged at several places, or cut off; one that changes its size."""
+    files = []
+    for name, codec, options in (
+        ("a.mp4", "mpeg4", {"g": "8", "qscale": "2"}),
+        ("a.avi", "mpeg4", {"g": "8", "bf": "2", "qscale": "2"}),
+        ("a.mkv", "libx264", {"g": "8", "bf": "2", "crf": "10"}),
+        ("a.ts", "mpeg2video", {"g": "8", "bf": "2", "qscale": "2"}),
+    ):
+        whole = encode(folder / name, [i % 25 for i in range(40)], codec=codec, options=options)
+        data = whole.read_bytes()
+        for part in (0.2, 0.35, 0.5, 0.6):
+            at = int(len(data) * part)
+            path = whole.with_stem(f"{part}_{codec}")
+            path.write_bytes(data[:at] + bytes(60) + data[at + 60 :])
+            files.append(path)
+        cut = whole.with_stem(f"cut_{codec}")
+        cut.write_bytes(data[: len(data) * 2 // 3])
+        files.append(cut)
+    small, large = encode(folder / "1.ts", range(10), codec="mpeg2video"), folder / "2.ts"
+    make_video(folder / "2.mp4", 10, height=64, width=96)
+    with av.open(str(folder / "2.mp4")) as read, av.open(str(large), "w") as write:
+        stream = write.add_stream("mpeg2video", rate=RATE, options={"qscale": "2"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number, frame in enumerate(read.decode(video=0)):
+            frame.pts, frame.time_base = 20 + number, Fraction(1, RATE)
+            write.mux(stream.encode(frame))
+        write.mux(stream.encode(None))
+    (folder / "sizes.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    return [*files, folder / "sizes.ts"]
+
+
+def test_one_open_video_has_the_frames_of_a_whole_pass_in_any_order(tmp_path: Path) -> None:
+    rotated = encode(tmp_path / "turned.mp4", [(7 * i) % 25 for i in range(20)], options={"g": "5", "qscale": "2"})
+    rotated.write_bytes(with_matrix(rotated.read_bytes(), [0, 1, 0, -1, 0, 0, 0, 0, 1]))
+    faulty = 0
+    for path in [rotated, *damaged_files(tmp_path)]:
+        judged = VideoFile(path=path)
+        try:
+            list(judged.frames())
+        except DamagedVideo:
+            with pytest.raises(UserError, match="cannot be read as a video"):
+                open_video(path, Encoding())
+            continue
+        expected = whole_pass(path, 30)
+        video = open_video(path, Encoding(short_side=30))
+        assert (video.count, video.faults) == (len(expected), judged.faults), path
+        rng = np.random.default_rng(0)
+        for number in [*rng.permutation(video.count).tolist(), *range(video.count)]:
+            assert video.read(number) == expected[number], (path, number)
+        faulty += bool(video.faults)
+    assert faulty >= 8
+
+
+def test_png_keeps_every_pixel_of_a_video(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", range(5))
+    video = open_video(path, Encoding(image="png"))
+    for number, image in enumerate(VideoFile(path=path).frames()):
+        np.testing.assert_array_equal(decode_frame(video.read(number)), image)
 
 
 # ---------------------------------------------------------------- sound

@@ -1,4 +1,4 @@
-"""Video files: the frames a player shows, the frames at given positions, and the sound. All by PyAV, in process.
+"""Video files: the frames a player shows, where they are, and the sound. All by PyAV, in process.
 
 Files are opened by `video_stream.open_file`. What the headers claim (number of frames, duration) decides nothing: a
 file has the frames that its decoder returns. What is wrong with a file that has frames is a line in `VideoFile.faults`.
@@ -7,7 +7,7 @@ file has the frames that its decoder returns. What is wrong with a file that has
 from __future__ import annotations
 
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,49 +81,50 @@ class VideoFile:
             raise DamagedVideo("; ".join(["no frame decodes", *self.faults]))
 
     def table(self) -> FrameTable:
-        """Find out where the frames are: from the packets of MP4 and Matroska files, else by decoding."""
+        """Find out where the frames are: from the packets of MP4 and Matroska files, else by decoding.
+
+        Raises DamagedVideo where there is no frame.
+        """
+        return self._packet_table() or self._decoded_table(judge=False)
+
+    def survey(self) -> FrameTable:
+        """Find out where the frames that decode are, by decoding all of them; what is wrong goes to `faults`.
+
+        Raises DamagedVideo where there is no frame.
+        """
+        decoded = self._decoded_table(judge=True)
+        listed = self._packet_table()
+        if listed is None:
+            return decoded
+        return listed if len(listed) == len(decoded) else _table([0] * len(decoded), [])
+
+    def _packet_table(self) -> FrameTable | None:
+        """The table by the packets of the file; None where the container does not say when they are shown."""
         with Picture(self.path) as picture:
             packets = [p for p in picture.packets() if p.size] if picture.timed else []
         timed = [(p.pts, p) for p in packets if p.pts is not None]
-        if timed:
-            shown = sorted(pts for pts, packet in timed if not packet.is_discard)
-            return _table(shown, [pts for pts, packet in timed if packet.is_keyframe])
+        if not timed:
+            return None
+        shown = sorted(pts for pts, packet in timed if not packet.is_discard)
+        return _table(shown, [pts for pts, packet in timed if packet.is_keyframe])
+
+    def _decoded_table(self, *, judge: bool) -> FrameTable:
+        """The table by decoding everything. Raises DamagedVideo where there is no frame."""
         with Picture(self.path) as picture:
-            seen = [(frame.pts, frame.key_frame) for frame in picture.decode()]
+            clock = Clock(picture.step)
+            seen = []
+            for frame in picture.decode():
+                clock.read(frame)
+                seen.append((frame.pts, frame.key_frame))
             known = [(pts, key) for pts, key in seen if pts is not None]
             intact = not (picture.broken or picture.damaged or picture.lost) and len(known) == len(seen)
+            if judge or not seen:
+                self._judge(picture, clock)
         if not seen:
-            raise DamagedVideo("no frame decodes")
+            raise DamagedVideo("; ".join(["no frame decodes", *self.faults]))
         if not intact:
             return _table([0] * len(seen), [])
         return _table([pts for pts, _ in known], [pts for pts, key in known if key])
-
-    def frames_at(
-        self, indices: Sequence[int], table: FrameTable | None = None, *, short_side: int | None = None
-    ) -> list[np.ndarray]:
-        """Read single frames by their positions in the order shown: each (H, W, 3) uint8 RGB, as `frames` yields them.
-
-        table: of an earlier call of `table`. Seeks to the key frames before the frames asked for and decodes from
-        there; where that does not lead to them, the file is decoded from its start. Raises DamagedVideo where a frame
-        cannot be read.
-        """
-        table = table or self.table()
-        wanted = sorted({int(i) for i in indices})
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < len(table):
-            raise IndexError(f"{self.path} has {len(table)} frames, not {wanted[-1] if wanted[0] >= 0 else wanted[0]}")
-        found: dict[int, np.ndarray] = {}
-        if table.seekable:
-            with Picture(self.path) as picture:
-                found = _seek_frames(picture, table, wanted, short_side)
-        if len(found) < len(wanted):
-            for number, image in enumerate(self.frames(short_side=short_side)):
-                if number in wanted:
-                    found[number] = image
-                if number == wanted[-1]:
-                    break
-        if len(found) < len(wanted):
-            raise DamagedVideo(f"{len(wanted) - len(found)} of {len(wanted)} frames cannot be read")
-        return [found[int(i)] for i in indices]
 
     def write_sound(self, target: Path) -> bool:
         """Write the best sound track as 16-bit mono at `AUDIO_RATE`; returns whether there is one.
@@ -196,38 +197,10 @@ def need_av() -> None:
         raise UserError(f"video files need PyAV: pip install av ({error})") from error
 
 
-# ---------------------------------------------------------------- single frames
-
-
 def _table(pts: list[int], keys: list[int]) -> FrameTable:
     stamps = np.array(pts, np.int64)
     distinct = len(stamps) > 0 and bool((np.diff(stamps) > 0).all())
     return FrameTable(pts=stamps, keys=np.array(sorted(keys), np.int64), seekable=distinct and len(keys) > 0)
-
-
-def _seek_frames(
-    picture: Picture, table: FrameTable, wanted: list[int], short_side: int | None
-) -> dict[int, np.ndarray]:
-    """Read the frames `wanted` (ascending) from the key frames before them; some may be missing in the answer."""
-    import av
-
-    number = {int(table.pts[i]): i for i in wanted}
-    groups: dict[int, list[int]] = {}
-    for i in wanted:
-        key = int(np.searchsorted(table.keys, table.pts[i], side="right")) - 1
-        groups.setdefault(int(table.keys[max(0, key)]), []).append(int(table.pts[i]))
-    found: dict[int, np.ndarray] = {}
-    for key, stamps in groups.items():
-        try:
-            picture.container.seek(key, stream=picture.stream)
-        except av.FFmpegError:
-            return found
-        for frame in picture.decode():
-            if frame.pts in number:
-                found[number[frame.pts]] = picture.upright(frame, short_side)
-            if frame.pts is None or frame.pts >= stamps[-1]:
-                break
-    return found
 
 
 # ---------------------------------------------------------------- sound

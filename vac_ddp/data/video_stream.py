@@ -163,17 +163,23 @@ class Picture:
             self.damaged += bool(frame.is_corrupt)
             yield frame
 
-    def upright(self, frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
-        """A frame as shown: (H, W, 3) uint8 RGB, square pixels, upright, its short side at most `short_side`."""
+    def fit(self, frame: av.VideoFrame, short_side: int | None) -> None:
+        """Set the size of all pictures by the first frame, as `upright` does with the first one that it gets."""
         from av.video.reformatter import VideoReformatter
 
+        aspect = float(self.stream.sample_aspect_ratio or 1)
+        width, height = frame.width * (aspect if aspect > 0 else 1.0), float(frame.height)
+        shrink = 1.0 if short_side is None else min(1.0, short_side / min(width, height))
+        self.size = max(1, round(width * shrink)), max(1, round(height * shrink))
+        self.how = "AREA" if shrink < 1 else "BICUBIC"  # the latter is the ffmpeg program's
+        self.scaler = VideoReformatter()
+
+    def upright(self, frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
+        """A frame as shown: (H, W, 3) uint8 RGB, square pixels, upright, its short side at most `short_side`."""
         if self.scaler is None or self.size is None:
-            aspect = float(self.stream.sample_aspect_ratio or 1)
-            width, height = frame.width * (aspect if aspect > 0 else 1.0), float(frame.height)
-            shrink = 1.0 if short_side is None else min(1.0, short_side / min(width, height))
-            self.size = max(1, round(width * shrink)), max(1, round(height * shrink))
-            self.how = "AREA" if shrink < 1 else "BICUBIC"  # the latter is the ffmpeg program's
-            self.scaler = VideoReformatter()
+            self.fit(frame, short_side)
+        assert self.scaler is not None
+        assert self.size is not None
         width, height = self.size
         image = self.scaler.reformat(frame, width=width, height=height, format="rgb24", interpolation=self.how)
         return np.ascontiguousarray(_oriented(image.to_ndarray(), frame))
