@@ -277,6 +277,13 @@ class TrainSettings:
     max_steps: int | None = setting(
         None, "end after this many optimizer steps, the schedule fitted to it", low=1, high=10**12
     )
+    max_minutes: float | None = setting(
+        None,
+        "time limit of the whole run, earlier starts included: the number of steps is fixed after the first measured "
+        "ones, train.epochs and train.max_steps are its upper bound",
+        above=0,
+        high=10**6,
+    )
     global_batch: int = setting(64, "clips of one optimizer step over all ranks", low=1, high=10**6)
     even_steps: bool = setting(
         False, "spread an epoch's clips evenly over its steps, instead of a short last one: for very small sets"

@@ -69,6 +69,7 @@ class Agreed:
     stop: int = 0
     save: int = 0
     save_failed: int = 0
+    end: int = 0
 
 
 class Agreement:
@@ -81,10 +82,10 @@ class Agreement:
         self.group = group
         self.pending: tuple[torch.Tensor, Any] | None = None
 
-    def exchange(self, *, stop: int, save: bool, save_failed: bool) -> Agreed:
+    def exchange(self, *, stop: int, save: bool, save_failed: bool, end: bool = False) -> Agreed:
         """Send this rank's wishes, and read what all had wished at the call before."""
         before = self.read()
-        values = torch.tensor([stop, int(save), int(save_failed)], dtype=torch.int32)
+        values = torch.tensor([stop, int(save), int(save_failed), int(end)], dtype=torch.int32)
         work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group, async_op=True) if self.group else None
         self.pending = (values, work)
         return before
@@ -98,8 +99,8 @@ class Agreement:
         if work is not None:
             with PROCESS.waits():
                 work.wait()
-        stop, save, failed = values.tolist()
-        return Agreed(stop=stop, save=save, save_failed=failed)
+        stop, save, failed, end = values.tolist()
+        return Agreed(stop=stop, save=save, save_failed=failed, end=end)
 
     def now(self, *, stop: int) -> int:
         """Agree on a stop at once, waiting for all ranks: for places outside the step.
@@ -107,9 +108,15 @@ class Agreement:
         The other wishes are not answered here: the next `exchange` or `read` returns them, with the stop.
         """
         earlier = self.read()
-        self.exchange(stop=max(stop, earlier.stop), save=bool(earlier.save), save_failed=bool(earlier.save_failed))
+        self.exchange(
+            stop=max(stop, earlier.stop),
+            save=bool(earlier.save),
+            save_failed=bool(earlier.save_failed),
+            end=bool(earlier.end),
+        )
         agreed = self.read()
-        self.pending = (torch.tensor([agreed.stop, agreed.save, agreed.save_failed], dtype=torch.int32), None)
+        wishes = [agreed.stop, agreed.save, agreed.save_failed, agreed.end]
+        self.pending = (torch.tensor(wishes, dtype=torch.int32), None)
         return agreed.stop
 
 

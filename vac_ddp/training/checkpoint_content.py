@@ -15,6 +15,7 @@ from vac_ddp.training.optimization import Group
 REMEDY = "give run.resume=PATH of another checkpoint, or start a new run.dir"
 
 Positive = Annotated[int, Within(low=1, high=2**62)]
+Seconds = Annotated[float, Within(low=0, high=1e12)]
 
 
 class Hashes(TypedDict):
@@ -43,6 +44,7 @@ class Facts(TypedDict):
     config: SavedSettings
     clips_per_gpu: Positive
     total_steps: Positive
+    step_bound: NotRequired[Positive]
     torch: str
     threads: int
     device: str
@@ -73,6 +75,16 @@ class StoppingState(TypedDict):
     best: float | None
     best_epoch: Count | None
     since_best: Count
+
+
+class TimeLimitState(TypedDict):
+    """`time_limit.TimeLimit`."""
+
+    seconds: Seconds
+    total_steps: Positive | None
+    step_s: Seconds
+    end_s: Seconds
+    validated_end_s: Seconds
 
 
 class TallyState(TypedDict):
@@ -127,6 +139,7 @@ class State(TypedDict):
     bad_in_row: Count
     random: Tensor
     wandb_id: NotRequired[str | None]
+    time_limit: NotRequired[TimeLimitState | None]
 
 
 def check_content(state: Any, facts: Any, path: Path) -> None:

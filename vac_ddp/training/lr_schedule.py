@@ -39,11 +39,13 @@ class Schedule:
         )
 
 
-def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
-    """The schedule of the settings: train.epochs, or train.max_steps where that is less."""
+def make_schedule(config: Config, steps_per_epoch: int, *, total_steps: int | None = None) -> Schedule:
+    """The schedule of the settings: train.epochs, or train.max_steps where that is less, or `total_steps`."""
     total = steps_per_epoch * config.train.epochs
     if config.train.max_steps is not None:
         total = min(total, config.train.max_steps)
+    if total_steps is not None:
+        total = total_steps
     peak, minimum, warmup_start = resolve_lr(config.optim, config.train.global_batch, config.augment.repeats)
     return Schedule(
         steps_per_epoch=steps_per_epoch,

@@ -115,7 +115,8 @@ def settle(
     The run begins here. UserError where it would have another length.
     """
     assert resumed.facts is not None, "only for a resumed run"
-    before, now = resumed.facts["total_steps"], saver.facts["total_steps"]
+    # With train.max_minutes total_steps is what was decided, and step_bound what the settings say.
+    before, now = (facts.get("step_bound", facts["total_steps"]) for facts in (resumed.facts, saver.facts))
     if before != now:
         raise UserError(
             f"the run had {before} steps and would have {now} now: the data or the length changed; start a new run.dir"

@@ -62,6 +62,7 @@ def make_saver(
             "checkpointing": config.train.checkpointing,
             "clips_per_gpu": stepper.clips_per_gpu,
             "total_steps": total_steps,
+            **({"step_bound": total_steps} if config.train.max_minutes is not None else {}),
         },
         on_failure=config.checkpoint.on_failure,
         say=session.tracker.say,

@@ -37,6 +37,7 @@ from vac_ddp.training.progress import Position, Validation
 from vac_ddp.training.saving import Saver
 from vac_ddp.training.session import Session, open_session
 from vac_ddp.training.step import Stepper, make_stepper
+from vac_ddp.training.time_limit import TimeLimit, make_time_limit
 from vac_ddp.training.training_log import TrainingLog
 from vac_ddp.training.validation import Validator
 
@@ -106,6 +107,7 @@ def build_trainer(config: Config, session: Session, device: torch.device) -> Tra
             validates=validator is not None,
         ),
         stopping=Stopping(patience=config.train.patience),
+        limit=make_time_limit(config, schedule, stepper, validation_videos=len(data.split.val)),
     )
     trainer.start()
     return trainer
@@ -127,6 +129,7 @@ class Trainer:
     agreement: Agreement
     log: TrainingLog
     stopping: Stopping
+    limit: TimeLimit | None = None
     position: Position = field(default_factory=Position)
     timeouts_short: bool = False
     stop_number: int = 0  # the signal that ended a validation
@@ -189,9 +192,9 @@ class Trainer:
     def _epoch(self) -> None:
         where, sampler = self.position, self.sampler
         clips = [sampler.samples_of_step(step) for step in range(sampler.steps_per_epoch)]
-        clips = clips[: where.step_in_epoch + self.schedule.total_steps - where.step]
         done = sum(clips[: where.step_in_epoch])
-        self.tracker.progress(f"epoch {where.epoch + 1}/{self.schedule.epochs}", sum(clips), done)
+        planned = sum(clips[: where.step_in_epoch + self.schedule.total_steps - where.step])
+        self.tracker.progress(f"epoch {where.epoch + 1}/{self.schedule.epochs}", planned, done)
         sampler.set_epoch(where.epoch, start_step=where.step_in_epoch)
         self.objective.begin_epoch(where.epoch, self.schedule.epochs)
         batches = to_device(self.loader, self.stepper.device)
@@ -199,7 +202,7 @@ class Trainer:
         self.stepper.last_end = None
         while where.step_in_epoch < sampler.steps_per_epoch and where.step < self.schedule.total_steps:
             self._step(batches, clips[where.step_in_epoch])
-        self.log.end_steps(where.step, sum(clips) - done)
+        self.log.end_steps(where.step, sum(clips[: where.step_in_epoch]) - done)
         where.epoch += 1
         where.step_in_epoch = 0
         where.validation_due = True
@@ -208,6 +211,8 @@ class Trainer:
         """One optimizer step over `clips` clips of all ranks, and what is due at its end."""
         where, config = self.position, self.config
         began = time.perf_counter()
+        if self.limit is not None:
+            self.limit.begin()
         batches = [next(loader) for _ in range(self.sampler.loads_of_step(where.step_in_epoch))]
         self.log.waited += time.perf_counter() - began
         for batch in batches:
@@ -221,11 +226,26 @@ class Trainer:
         if not self.timeouts_short:
             self._shorten_timeouts(config.health.timeout_s)
         agreed = self._agree()
+        fixed = self.limit is not None and self._follow(self.limit.end_step(where, late=bool(agreed.end)))
         self.log.end_step(where, clips)
         every = config.health.checksum_every
         if every and where.step % every == 0:
             health.check_same_weights(self.stepper.model, where.step)
-        self._answer(agreed)
+        self._answer(agreed, save=fixed)
+
+    def _follow(self, line: str) -> bool:
+        """Take over the total steps of the time limit where they are new; `line` says so, or is empty."""
+        if line:
+            self.tracker.say(line)
+            self._end_at_limit()
+            self.objective.begin_epoch(self.position.epoch, self.schedule.epochs)
+        return bool(line)
+
+    def _end_at_limit(self) -> None:
+        if self.limit is not None and self.limit.total_steps is not None:
+            self.saver.facts["total_steps"] = total = self.limit.total_steps
+            self.schedule = make_schedule(self.config, self.sampler.steps_per_epoch, total_steps=total)
+            self.log.schedule = self.schedule
 
     def _shorten_timeouts(self, limit_s: float) -> None:
         """After the first step: nothing is compiled or scanned any more. The monitor comes before the collectives."""
@@ -237,16 +257,17 @@ class Trainer:
     # ------------------------------------------------------------ agreement
 
     def _agree(self) -> Agreed:
-        due = self.saver.due(self.config.checkpoint.every_minutes)
-        return self.agreement.exchange(stop=self.session.stop.wanted(), save=due, save_failed=self.saver.poll())
+        due, failed = self.saver.due(self.config.checkpoint.every_minutes), self.saver.poll()
+        late = self.limit is not None and self.limit.late()
+        return self.agreement.exchange(stop=self.session.stop.wanted(), save=due, save_failed=failed, end=late)
 
-    def _answer(self, agreed: Agreed) -> None:
+    def _answer(self, agreed: Agreed, *, save: bool) -> None:
         if agreed.save_failed:
             self.saver.answer_failure()
         if agreed.stop:
             self._interrupt(agreed.stop)
         every = self.config.checkpoint.every_steps
-        if agreed.save or (every and self.position.step % every == 0):
+        if save or agreed.save or (every and self.position.step % every == 0):
             self.save()
 
     def _interrupt(self, number: int) -> None:
@@ -269,6 +290,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         where, tracker = self.position, self.tracker
         tracker.end_progress()
+        if self.limit is not None:
+            self._follow(self.limit.begin_epoch_end(where))
         last = where.step >= self.schedule.total_steps
         if not last:  # the next epoch's first batches are decoded while the model is validated
             self.sampler.set_epoch(where.epoch)
@@ -293,6 +316,8 @@ class Trainer:
         if best and distributed.is_main():
             self._keep_best(validation)
         self.save()
+        if self.limit is not None:
+            self.limit.end_epoch(validated=validation is not None)
 
     def _stop_now(self) -> bool:
         PROCESS.progress()
@@ -321,6 +346,7 @@ class Trainer:
             **self.log.state(),
             "random": torch.get_rng_state(),
             "wandb_id": self.tracker.wandb_id,
+            "time_limit": self.limit.state() if self.limit is not None else None,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -329,6 +355,9 @@ class Trainer:
         self.stopping.restore(state["stopping"])
         self.log.restore(state)
         torch.set_rng_state(state["random"])
+        if self.limit is not None and state.get("time_limit") is not None:
+            self.limit.restore(state["time_limit"])
+            self._end_at_limit()
 
     def save(self) -> None:
         """Snapshot on all ranks, write in the background on rank 0."""

@@ -75,7 +75,9 @@ class TrainingLog:
                 + (f"; all in the last {last} epochs" if last else "")
             )
         say(self.meters.start_line())
-        say(f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.total_steps} steps in all")
+        limit = self.config.train.max_minutes
+        length = f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.total_steps} steps in all"
+        say(length + ("" if limit is None else f", at most: train.max_minutes={limit:g} will fix how many"))
 
     # ------------------------------------------------------------ steps
 
