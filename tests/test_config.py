@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from vac_ddp import config
-from vac_ddp.arguments import help_text, parse_settings
+from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
+from vac_ddp.settings_help import settings_text
 from vac_ddp.training import same_run
 
 
@@ -65,7 +66,7 @@ def test_values_are_read_by_the_type_of_their_setting(word: str, expected: objec
         (["augment.crop_scale=1,2,3"], "expected (float, float)"),
         (["data=x"], "data is a group of settings"),
         (["--confg"], "did you mean --config?"),
-        (["words"], "'words' is no setting"),
+        (["words"], "'words' is not a setting"),
         (["--config", "nowhere.yaml"], "no settings file nowhere.yaml"),
         (["--config"], "expected one argument"),
         (["optim.lr=1", "optim.base_lr=1"], "exactly one"),
@@ -141,7 +142,7 @@ def test_a_removed_setting_of_another_value_is_one_line(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
-    text = help_text("train", "about")
+    text = settings_text(None, Config())
     for name, field in config.leaves().items():
         (line,) = [n for n, line in enumerate(text.splitlines()) if line.startswith(f"  {name}  <")]
         assert field.metadata["help"] in text.splitlines()[line + 1]

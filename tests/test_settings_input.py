@@ -13,10 +13,11 @@ import pytest
 
 from tests.sweep import VALUES, numeric_settings, sweep_together, sweep_words
 from vac_ddp import checks, config
-from vac_ddp.arguments import help_text, parse_settings
+from vac_ddp.arguments import parse_settings
 from vac_ddp.errors import Interrupted, UserError
 from vac_ddp.runtime.exit_status import run_command
 from vac_ddp.settings import Bounds, Config
+from vac_ddp.settings_help import settings_text
 
 
 def parsed(*words: str) -> Config:
@@ -181,7 +182,7 @@ def test_exceptions_for_the_user_are_one_line_at_every_outlet(capsys: pytest.Cap
 
 
 def test_every_number_has_bounds_and_help_shows_them() -> None:
-    text = help_text("train", "about")
+    text = settings_text(None, Config())
     assert len(numeric_settings()) > 60
     for name in numeric_settings():
         bounds = checks.leaves()[name].metadata["bounds"]

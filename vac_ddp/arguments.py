@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse  # noqa: TID251 - the one place
 import contextlib
-import difflib
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vac_ddp.checks import check, check_prediction, leaves, short, type_name
+from vac_ddp.checks import check, check_prediction, leaves, short
 from vac_ddp.config import find_config, one_rate, override, read_yaml, to_yaml
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Bounds, Config
+from vac_ddp.settings_help import short_help, unknown_word, with_preset
 
 Namespace = argparse.Namespace
 
@@ -53,6 +52,8 @@ def take_nproc(argv: list[str]) -> tuple[int, list[str]]:
             if not re.fullmatch("[1-9][0-9]{0,3}", text):
                 raise UserError(f"--nproc {text or '(nothing)'}: a number of ranks from 1")
             return int(text), argv[:place] + argv[place + (1 if inside else 2) :]
+    if {"-h", "--help", "--print-config"} & set(argv):
+        return 1, argv  # answered before anything slow is imported
     import torch
 
     return max(1, torch.cuda.device_count()), argv
@@ -80,12 +81,11 @@ def parse_settings(argv: list[str], *, program: str = "", about: str = "") -> Co
     parser.add_argument("--help", "-h", action="store_true")
     flags, words = parser.parse_known_args(argv)
     if flags.help:
-        print(help_text(program, about))
+        print(short_help(program, about, with_preset(flags.config)))
         raise SystemExit(0)
-    for word in words:
-        if word.startswith("-"):
-            near = difflib.get_close_matches(word, ["--config", "--debug", "--print-config", "--help"], 1)
-            raise UserError(f"unknown flag {short(word)}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    for place, word in enumerate(words):
+        if word.startswith("-") or "=" not in word:
+            raise unknown_word(words, place, flags=["--config", "--debug", "--print-config", "--help", "--nproc"])
     config, notes = Config(), []
     if flags.config:
         path = find_config(flags.config)
@@ -116,33 +116,6 @@ def _leave_out_overwrite(config: Config, path: Path) -> list[str]:
     raise UserError(f"{path}: run.overwrite=true counts only on the command line: remove it from the file")
 
 
-def help_text(program: str, about: str) -> str:
-    """The flags, then every setting with its type, default and meaning."""
-    lines = [
-        f"usage: {program} [--config FILE] [--debug] [--print-config] [group.name=value ...]",
-        "",
-        about,
-        "",
-        "  --config FILE    settings as YAML, or a preset's name (see configs/)",
-        "  --debug          one process, no workers, plain tracebacks, a tiny model and a few steps, in runs/debug",
-        "  --print-config   print all settings as they would be used, and end",
-        "",
-        "Settings (group.name=value):",
-    ]
-    group = ""
-    for name, field in leaves().items():
-        head = name.rsplit(".", 1)[0] if "." in name else ""
-        if head != group:
-            lines.append("")
-            group = head
-        default = functools.reduce(getattr, name.split("."), Config())
-        text = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        bounds = f"  ({field.metadata['bounds']})" if field.metadata["bounds"] else ""
-        lines.append(f"  {name}  <{type_name(field.type)}>  = {text or chr(39) * 2}{bounds}")
-        lines.append(f"      {field.metadata['help']}")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- prediction
 
 OF_A_RUN = ("predict.", "data.", "clip.", "train.precision")  # what predicting or embedding with a run can change
@@ -167,13 +140,15 @@ def parse_prediction(argv: list[str]) -> PredictionOptions:
     """Read the command line; UserError in one line, --help ends here."""
     parser = ArgumentParser(
         prog="vac predict",
-        description="Predict a test folder, evaluate a labelled one, or name what one video shows.",
+        usage="vac predict RUN DATA [options] [group.name=value ...]",
+        description="Predict a test folder, evaluate a labelled one, or classify one video. RUN and DATA can also be "
+        "given as --run and --data.",
         epilog="group.name=value changes the run's settings: "
         + ", ".join(name for name in leaves() if name.startswith("predict."))
         + ", data.workers, train.precision, clip.short_side and other settings of data and clip.",
     )
     add = parser.add_argument
-    add("--run", metavar="DIR", help="a run directory: its best_<model>.pt is used")
+    add("--run", metavar="RUN", help="a run directory: its best_<model>.pt is used")
     add("--weights", metavar="FILE", help="or a best_<model>.pt itself")
     add("--data", metavar="DIR", help="<video>/*.jpg, labelled <class>/<video>/*.jpg, CSV, packed set; or one video: "
         "a folder of frames or a video file")  # fmt: skip
@@ -185,6 +160,7 @@ def parse_prediction(argv: list[str]) -> PredictionOptions:
     add("--overwrite", action="store_true", help="overwrite another prediction in --out")
     add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
     flags, words = _flags_and_settings(parser, argv)
+    words = _take_positional(flags, words, ("data",) if flags.weights else ("run", "data"))
     if (flags.run is None) == (flags.weights is None):
         raise UserError("give one of --run DIR and --weights FILE")
     if flags.data is None and flags.part is None:
@@ -209,9 +185,22 @@ def _flags_and_settings(parser: ArgumentParser, argv: list[str]) -> tuple[Namesp
         flags.run = word.partition("=")[2]
         words.remove(word)
     for word in words:
-        if word.startswith("-") or "=" not in word:
+        if word.startswith("-"):
             raise UserError(f"unknown argument {word} (see --help)")
     return flags, words
+
+
+def _take_positional(flags: Namespace, words: list[str], names: tuple[str, ...]) -> list[str]:
+    """Fill the flags `names` that were not given from the words that are not settings; returns the settings."""
+    free = [name for name in names if getattr(flags, name) is None]
+    settings = [word for word in words if "=" in word]
+    for word in words:
+        if "=" in word:
+            continue
+        if not free:
+            raise UserError(f"unknown argument {word} (see --help)")
+        setattr(flags, free.pop(0), word)
+    return settings
 
 
 def change_settings(
@@ -259,6 +248,8 @@ def parse_embedding(argv: list[str]) -> EmbeddingOptions:
     """Read the command line; UserError in one line, --help ends here."""
     parser = ArgumentParser(
         prog="vac embed",
+        usage="vac embed RUN [DATA] [options] [group.name=value ...]\n"
+        "       vac embed --config FILE|PRESET [DATA] --out DIR [options] [group.name=value ...]",
         description="Write the features that a frozen encoder gives for the videos of a folder.",
         epilog="group.name=value changes settings: model.weights, model.backbone and others of model, clip, data and "
         "predict.views with --config; with --run what vac predict can change.",
@@ -275,6 +266,7 @@ def parse_embedding(argv: list[str]) -> EmbeddingOptions:
     add("--overwrite", action="store_true", help="overwrite other features in --out")
     add("--debug", action="store_true", help="one process, no loader processes, plain tracebacks")
     flags, words = _flags_and_settings(parser, argv)
+    words = _take_positional(flags, words, ("data",) if flags.config else ("run", "data"))
     if (flags.run is None) == (flags.config is None):
         raise UserError("give one of --run DIR and --config FILE (see --help)")
     if flags.run is None and flags.out is None:

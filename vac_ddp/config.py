@@ -197,7 +197,7 @@ def override(config: Config, text: str) -> None:
     """Apply one `group.name=value` to `config`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"'{short(text)}' is no setting: write group.name=value, or see --help")
+        raise UserError(f"'{short(text)}' is not a setting: write group.name=value, or see --help")
     if was_removed(name, value):
         return
     if name not in leaves():

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vac_ddp import config as settings_io
 from vac_ddp.arguments import ArgumentParser, number
-from vac_ddp.audio.sound_run import NAMED, SoundOptions, train_and_predict
-from vac_ddp.audio.sound_training import Schedule
-from vac_ddp.audio.spectrogram import SoundSettings
 from vac_ddp.checks import check_bounds
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.settings import Config
+
+if TYPE_CHECKING:
+    from vac_ddp.audio.sound_run import SoundOptions
 
 
 def main(argv: list[str]) -> int:
     """Read the sounds, train, write weights and views files. Raises UserError, and Findings for damaged sounds."""
     options, config = _parse(argv)
+    from vac_ddp.audio.sound_run import NAMED, train_and_predict
+
     damaged = train_and_predict(options, config, functools.partial(print, flush=True))
     if damaged:
         raise Findings(f"{len(damaged)} sounds cannot be used: {'; '.join(damaged[:NAMED])}")
@@ -62,6 +65,10 @@ def _parse(argv: list[str]) -> tuple[SoundOptions, Config]:
             raise UserError(f"unknown argument {word} (see --help)")
         settings_io.override(config, word)
     check_bounds(config, ("data.", "seed"))
+    from vac_ddp.audio.sound_run import SoundOptions  # torch: only once the arguments are good
+    from vac_ddp.audio.sound_training import Schedule
+    from vac_ddp.audio.spectrogram import SoundSettings
+
     options = SoundOptions(
         data=given.data,
         out=Path(given.out).expanduser(),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from vac_ddp.arguments import parse_settings
-from vac_ddp.doctor.advice import advice, limits
-from vac_ddp.doctor.examination import examine
 
 ABOUT = "Measure this machine in a minute; say what will hold a run with these settings back, and what changes that."
 
@@ -12,6 +10,9 @@ ABOUT = "Measure this machine in a minute; say what will hold a run with these s
 def main(argv: list[str]) -> int:
     """`vac doctor [--config NAME] [group.name=value ...]`."""
     config = parse_settings(argv, program="vac doctor", about=ABOUT).config
+    from vac_ddp.doctor.advice import advice, limits  # torch: only once the arguments are good
+    from vac_ddp.doctor.examination import examine
+
     measured = examine(config, print)
     print("\nwith these settings, clips/s of this machine:")
     for name, rate in limits(measured).items():

@@ -5,10 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from vac_ddp.arguments import ArgumentParser
-from vac_ddp.export.check_file import check_directory
-from vac_ddp.export.hub import check_push, push
-from vac_ddp.export.model_card import UNKNOWN
-from vac_ddp.export.run_export import Options, export
 
 ABOUT = (
     "Write a run's best model so that others can load it: a Hugging Face directory, with --onnx an ONNX file as well. "
@@ -24,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--onnx", action="store_true", help="write model.onnx as well, or alone where HF has no class")
     parser.add_argument("--fp16", action="store_true", help="with --onnx: float16 inside, half the size")
     parser.add_argument("--data", metavar="DIR", help="videos to compare on; default: the run's own")
-    parser.add_argument("--license", metavar="ID", default=UNKNOWN, help="licence in the model card, as apache-2.0")
+    parser.add_argument("--license", metavar="ID", default="unknown", help="licence in the model card, as apache-2.0")
     parser.add_argument("--check", metavar="DIR", help="check files and logits of a directory that was exported")
     parser.add_argument("--push", metavar="USER/NAME", help="upload the directory to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
@@ -34,6 +30,10 @@ def main(argv: list[str]) -> int:
         parser.error("give RUN and OUT, or --check DIR")
     if options.fp16 and not options.onnx:
         parser.error("--fp16 is an option of --onnx")
+    from vac_ddp.export.check_file import check_directory  # torch: only once the arguments are good
+    from vac_ddp.export.hub import check_push, push
+    from vac_ddp.export.run_export import Options, export
+
     if options.push is not None:
         check_push(options.push)
     folder = Path(options.check if checked else options.out)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from vac_ddp.arguments import ArgumentParser, number
 from vac_ddp.errors import UserError
-from vac_ddp.init.settings_file import Asked, write_settings
 
 ABOUT = (
     "Look at a folder of frames and write settings with comments that fit it: a probe on frozen features where videos "
@@ -29,6 +28,8 @@ def main(argv: list[str]) -> int:
     add("--backbone", metavar="NAME", help="the timm model that --weights FILE is of, where the file does not say it")
     add("--frame-pattern", metavar="X", help="data.frame_pattern, where folders hold other pictures")
     options = parser.parse_args(argv)
+    from vac_ddp.init.settings_file import Asked, write_settings  # torch: only once the arguments are good
+
     asked = Asked(**{**vars(options), "out": Path(options.out).expanduser()})
     if asked.out.exists():
         raise UserError(f"{asked.out} is there already: nothing is overwritten; move it away, or give --out FILE")

@@ -9,13 +9,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import torch
-
 from vac_ddp.arguments import ArgumentParser
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
-from vac_ddp.models.soup import soup
-from vac_ddp.models.weight_files import open_own
 
 ABOUT = 'The mean of the weights of several runs of one model ("model soup", Wortsman et al. 2022).'
 
@@ -31,6 +27,11 @@ def main(argv: list[str]) -> int:
     out = Path(options.out).expanduser()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already: name a new folder or file")
+    import torch  # only once the arguments are good
+
+    from vac_ddp.models.soup import soup
+    from vac_ddp.models.weight_files import open_own
+
     made, notes = soup([open_own(run) for run in options.runs])
     path = out if out.suffix == ".pt" else out / f"best_{made['config']['model']['name']}.pt"
     write_atomic(path, lambda stream: torch.save(made, stream))
