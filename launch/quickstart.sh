@@ -52,6 +52,6 @@ next, with your own frames in data_train/<class>/<video>/ and data_test/<id>/:
   vac audit data_train --test data_test                  # leaks, damage, balance
   vac train --config scratch_small data.train=data_train run.dir=runs/first
   vac predict --run runs/first --data data_test          # runs/first/predictions/data_test/submission.csv
-  vac presets; vac settings lr                           # presets with pretrained weights; settings about a word
+  vac settings lr                                        # settings about a word; vac presets: recipes for more
 END
 exit "$scored"
