@@ -137,9 +137,9 @@ def test_run_and_data_of_a_prediction_by_position_or_flag() -> None:
         parse_prediction(["runs/a", "test", "third"])
 
 
-def test_completion_knows_commands_presets_and_settings(tmp_path) -> None:
+def test_completion_knows_commands_presets_and_settings(tmp_path, capsys) -> None:
     """By bash itself: what it offers for a line."""
-    (tmp_path / "vac").write_text(completion("bash", list(cli.COMMANDS)))
+    (tmp_path / "vac").write_text("\n".join(shown(capsys, "completion", "bash")))
     ask = 'source ./vac; COMP_WORDS=({words}); COMP_CWORD={place}; compopt() {{ :; }}; _vac; echo "${{COMPREPLY[@]}}"'
 
     def offered(*words: str) -> list[str]:
@@ -148,7 +148,8 @@ def test_completion_knows_commands_presets_and_settings(tmp_path) -> None:
             ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
         ).stdout.split()
 
-    assert offered("vac", "pr") == ["probe", "predict", "presets"]
+    assert offered("vac", "") == sorted([*cli.COMMANDS, "help"])
+    assert offered("vac", "pr") == ["predict", "presets", "probe"]
     assert offered("vac", "train", "--config", "scratch") == ["scratch_small"]
     assert offered("vac", "train", "optim.warm") == [
         name + "=" for name in checks.leaves() if name.startswith("optim.warm")
