@@ -1,6 +1,7 @@
 """Fine-tune video classifiers on frame folders with raw PyTorch DDP.
 
-From Python: `vac_ddp.load(run)` gives a `Classifier`, whose `predict` classifies videos (see `vac_ddp.api`).
+From Python: `vac_ddp.load(run)` gives a `Classifier`, whose `predict` classifies videos (see `vac_ddp.api`);
+`vac_ddp.run_training(settings, nproc=N)` trains in processes of its own.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from vac_ddp.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from vac_ddp.api import Classifier, Prediction, load
+    from vac_ddp.launcher import TrainingResult, run_training
 
-__all__ = ["Classifier", "Prediction", "__version__", "load"]
+__all__ = ["Classifier", "Prediction", "TrainingResult", "__version__", "load", "run_training"]
 
 
 def __getattr__(name: str) -> Any:
     """The Python API, imported when it is asked for: `import vac_ddp` alone stays light."""
     if name in ("load", "Classifier", "Prediction"):
         return getattr(importlib.import_module("vac_ddp.api"), name)
+    if name in ("run_training", "TrainingResult"):
+        return getattr(importlib.import_module("vac_ddp.launcher"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
