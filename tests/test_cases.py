@@ -20,13 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import REPO, environment, ffmpeg_program, shared
+from tests.support import REPO, environment, ffmpeg_program, shared, unpack
 from vac_ddp.commands import extract_command
 from vac_ddp.data.index import open_index
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.models.weight_files import open_source
-from vac_ddp.predicting.inputs import lay_out
 from vac_ddp.results.logits_file import read_views
 from vac_ddp.settings import DataSettings
 
@@ -148,11 +147,11 @@ def test_c22_predict_reads_a_file_as_extract_does(prepare: Callable[..., Path], 
             with pytest.raises(DamagedVideo) as refused:
                 list(VideoFile(path=path).frames())
             with pytest.raises(UserError) as caught:
-                lay_out(path, "video file", target, short_side=1000)
+                unpack(path, target, short_side=1000)
             assert str(caught.value).endswith(str(refused.value))
             continue
         frames = list(VideoFile(path=path).frames())
-        assert lay_out(path, "video file", target, short_side=1000) == []
+        assert unpack(path, target, short_side=1000) == []
         images = [np.asarray(Image.open(image)) for image in sorted(target.rglob("*.jpg"))]
         assert len(images) == len(frames)
         for image, frame in zip(images, frames, strict=True):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.support import environment, torchrun
+from tests.support import environment, torchrun, unpack
 from tests.test_meters import FAULTS
 from vac_ddp import api, files
 from vac_ddp import config as settings_io
@@ -29,7 +29,6 @@ from vac_ddp.errors import Findings, Interrupted, UserError
 from vac_ddp.models import file_state, load_model
 from vac_ddp.predict import main, predict
 from vac_ddp.predicting import all_videos, part_files
-from vac_ddp.predicting.inputs import lay_out
 from vac_ddp.results.logits_file import ViewsHead, log_prior, read_views
 from vac_ddp.scoring.engine import scored_videos
 from vac_ddp.scoring.scorer import Scorer
@@ -403,11 +402,11 @@ def test_a_video_file_is_unpacked_whole_and_upright(trained: Path, tmp_path: Pat
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert lay_out(tmp_path / "film.mkv", "video file", tmp_path / "frames", short_side=1000) == []
+    assert unpack(tmp_path / "film.mkv", tmp_path / "frames", short_side=1000) == []
     unpacked = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames/film").iterdir())])
     assert unpacked.shape == pictures.shape
     assert np.abs(unpacked.astype(int) - pictures).mean() < 4
-    lay_out(tmp_path / "film.mkv", "video file", tmp_path / "small", short_side=48)
+    unpack(tmp_path / "film.mkv", tmp_path / "small", short_side=48)
     assert Image.open(tmp_path / "small" / "film" / "0001.jpg").size == (64, 48)
     assert main(["--run", str(trained), "--data", str(tmp_path / "film.mkv")]) == 0
     (tmp_path / "bad.mp4").write_bytes(b"no film")

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from tests.support import REPO
+from tests.support import REPO, unpack
 from tests.test_extract import levels, make_video, picture, with_matrix
 from vac_ddp.commands.extract_command import main
 from vac_ddp.data.decode import decode_frame
 from vac_ddp.data.video_frames import Encoding, VideoFrames, open_video
 from vac_ddp.data.video_reader import DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
-from vac_ddp.predicting.inputs import lay_out
 
 av = pytest.importorskip("av", reason="video files need PyAV")
 
@@ -367,7 +366,7 @@ def test_what_is_no_video_is_refused_by_extract_and_predict_alike(
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
-        lay_out(path, "video file", tmp_path / "laid_out", short_side=100)
+        unpack(path, tmp_path / "laid_out", short_side=100)
     assert len(str(caught.value).splitlines()) == 1
     assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0"]) == 3
     said = capsys.readouterr().out
@@ -391,7 +390,7 @@ def test_metadata_that_is_not_utf8_does_not_matter(tmp_path: Path) -> None:
     assert data.count(b"TITLEXXXX") == 1
     path.write_bytes(data.replace(b"TITLEXXXX", "TITLEéééé".encode("latin-1")))
     assert len(frames_of(path)) == 1
-    assert lay_out(path, "video file", tmp_path / "laid_out", short_side=100) == []
+    assert unpack(path, tmp_path / "laid_out", short_side=100) == []
 
 
 def test_names_of_any_length_and_form_are_extracted(tmp_path: Path) -> None:
@@ -402,7 +401,7 @@ def test_names_of_any_length_and_form_are_extracted(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out" / "c").iterdir()) == sorted(name[:-4] for name in names)
     assert all(len(list(p.glob("*.jpg"))) == 3 for p in (tmp_path / "out" / "c").iterdir())
     for name in names:
-        frames = lay_out(tmp_path / "in" / "c" / name, "video file", tmp_path / "one", short_side=100)
+        frames = unpack(tmp_path / "in" / "c" / name, tmp_path / "one", short_side=100)
         assert frames == []
         (tmp_path / "one").rename(tmp_path / f"done{names.index(name)}")
 

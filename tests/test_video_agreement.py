@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from tests.support import REPO, ffmpeg_program, shared
+from tests.support import REPO, ffmpeg_program, shared, unpack
 from tests.test_extract import with_matrix
 from vac_ddp import load
 from vac_ddp.data.extraction import Options, extract
 from vac_ddp.data.video_reader import SUFFIXES, DamagedVideo, VideoFile
 from vac_ddp.errors import UserError
 from vac_ddp.predict import main
-from vac_ddp.predicting.inputs import lay_out
 
 pytestmark = pytest.mark.fault  # the longer tier
 
@@ -179,12 +178,12 @@ def test_extract_and_predict_write_these_frames(folder: Path, tmp_path: Path) ->
     for path in sorted(videos.iterdir()):
         if path.name == "cut_odd_size_mkv.mkv":  # no frame of it is whole
             with pytest.raises(UserError, match="no frame decodes"):
-                lay_out(path, "video file", tmp_path / path.stem, short_side=10_000)
+                unpack(path, tmp_path / path.stem, short_side=10_000)
             assert not (tmp_path / "out" / path.stem).exists()
             continue
         frames = list(VideoFile(path=path).frames())
         assert written(tmp_path / "out" / path.stem) == encoded(frames, 90, "420")
-        lay_out(path, "video file", tmp_path / path.stem, short_side=10_000)
+        unpack(path, tmp_path / path.stem, short_side=10_000)
         assert written(tmp_path / path.stem / path.stem) == encoded(frames, 95, "444")
 
 

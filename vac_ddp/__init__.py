@@ -1,7 +1,8 @@
 """Fine-tune video classifiers on frame folders with raw PyTorch DDP.
 
-From Python: `vac_ddp.load(run)` gives a `Classifier`, whose `predict` classifies videos (see `vac_ddp.api`);
-`vac_ddp.run_training(settings, nproc=N)` trains in processes of its own.
+From Python: `vac_ddp.load(run)` gives a `Classifier`, whose `predict` takes videos as paths, arrays, tensors and images
+(see `vac_ddp.api`); `vac_ddp.run_training(settings, nproc=N)` trains in processes of its own. What the user must change is
+a `vac_ddp.UserError` of one line.
 """
 
 from __future__ import annotations
@@ -15,22 +16,43 @@ from typing import TYPE_CHECKING, Any
 from vac_ddp.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from vac_ddp.api import Classifier, Prediction, load
+    from vac_ddp.api import Classifier, Embedding, Embeddings, Prediction, Predictions, load
+    from vac_ddp.errors import UserError
     from vac_ddp.launcher import TrainingResult, run_training
 
-__all__ = ["Classifier", "Prediction", "TrainingResult", "__version__", "load", "run_training"]
+__all__ = [
+    "Classifier",
+    "Embedding",
+    "Embeddings",
+    "Prediction",
+    "Predictions",
+    "TrainingResult",
+    "UserError",
+    "__version__",
+    "load",
+    "run_training",
+]
+_MODULES = {  # what is imported when it is asked for: `import vac_ddp` alone stays light
+    "vac_ddp.api": ("Classifier", "Embedding", "Embeddings", "Prediction", "Predictions", "load"),
+    "vac_ddp.errors": ("UserError",),
+    "vac_ddp.launcher": ("TrainingResult", "run_training"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when it is asked for: `import vac_ddp` alone stays light."""
-    if name in ("load", "Classifier", "Prediction"):
-        return getattr(importlib.import_module("vac_ddp.api"), name)
-    if name in ("run_training", "TrainingResult"):
-        return getattr(importlib.import_module("vac_ddp.launcher"), name)
+    """The Python API."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def predict(model: Classifier, data: Any, **options: Any) -> list[Prediction]:
+def __dir__() -> list[str]:
+    """The Python API, for completion."""
+    return sorted(__all__)
+
+
+def predict(model: Classifier, data: Any, **options: Any) -> Predictions:
     """Deprecated: `model.predict(data, ...)`. Goes with version 0.2, and with it the class below."""
     warnings.warn(
         "vac_ddp.predict(model, data) is deprecated: use model.predict(data)", DeprecationWarning, stacklevel=2

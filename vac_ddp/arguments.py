@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vac_ddp.checks import check, check_prediction, leaves, short
+from vac_ddp.checks import OF_A_RUN, check, check_prediction, leaves, short
 from vac_ddp.config import find_config, one_rate, override, read_yaml, to_yaml
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Bounds, Config
@@ -117,8 +117,6 @@ def _leave_out_overwrite(config: Config, path: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------- prediction
-
-OF_A_RUN = ("predict.", "data.", "clip.", "train.precision")  # what predicting or embedding with a run can change
 
 
 @dataclass(kw_only=True)

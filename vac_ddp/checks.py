@@ -17,6 +17,7 @@ from vac_ddp.settings import ClipSettings, Config, ModelSettings, ViewSettings
 
 CLIP_BYTES = 1 << 30  # of one decoded clip; 64 frames of 448 pixels take 39 MB
 PREDICTION = ("data.", "clip.", "model.", "predict.")  # groups that a prediction uses
+OF_A_RUN = ("predict.", "data.", "clip.", "train.precision")  # what predicting or embedding with a run can change
 
 SHOWN = 80  # characters of a value that an error repeats
 

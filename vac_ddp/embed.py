@@ -17,13 +17,13 @@ from typing import Any
 
 from vac_ddp import config as settings_io
 from vac_ddp.arguments import (
-    OF_A_RUN,
     OF_AN_ENCODER,
     EmbeddingOptions,
     change_settings,
     parse_embedding,
     take_nproc,
 )
+from vac_ddp.checks import OF_A_RUN
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.runtime.exit_status import run_command, run_entry_point

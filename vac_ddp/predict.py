@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vac_ddp import config as settings_io
-from vac_ddp.arguments import OF_A_RUN, change_settings, parse_prediction, take_nproc
+from vac_ddp.arguments import change_settings, parse_prediction, take_nproc
+from vac_ddp.checks import OF_A_RUN
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.errors import UserError
 from vac_ddp.results import submission

@@ -12,6 +12,7 @@ from vac_ddp.data.video_reader import SUFFIXES
 from vac_ddp.errors import UserError
 
 Kind = Literal["video file", "frames", "test", "labelled"]
+ONE_VIDEO: tuple[Kind, ...] = ("video file", "frames")
 
 
 def kind_of(data: Path) -> Kind:

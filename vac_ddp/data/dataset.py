@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from vac_ddp.data.augment import draw_crop_box, draw_parameters
 from vac_ddp.data.batch import Batch, TestBatch, clip_buffer, unit_rows
 from vac_ddp.data.clip_sampling import AUGMENT, CROP, FRAMES, MIX, NOISE, generator, train_frames, view_windows
-from vac_ddp.data.frames import NoFrame, read_clip, view_boxes
+from vac_ddp.data.frames import Frame, NoFrame, read_clip, view_boxes
 from vac_ddp.data.mixing import draw_mixing
 from vac_ddp.data.sampler import Key
 from vac_ddp.errors import UserError
@@ -25,9 +25,10 @@ class Videos(Protocol):
     labels: np.ndarray
     frame_counts: np.ndarray
 
+    def __len__(self) -> int: ...
     @property
     def names(self) -> Sequence[str]: ...  # noqa: D102
-    def reader(self, video: int) -> Callable[[int], bytes]: ...  # noqa: D102
+    def reader(self, video: int) -> Callable[[int], Frame]: ...  # noqa: D102
     def frame_name(self, video: int, frame: int) -> str: ...  # noqa: D102
 
 

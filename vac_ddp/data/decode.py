@@ -188,11 +188,20 @@ def _decode_pillow(data: bytes, tolerant: bool) -> tuple[np.ndarray, int]:
             if not tolerant:
                 raise
             image.tile = []  # keep the rows decoded so far: nothing is left to load
-        orientation = _exif_orientation(image.getexif)
-        if image.mode.startswith("I"):  # 16-bit grey; convert() would cut it off at 255
-            grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2), orientation
-        return np.array(image.convert("RGB")), orientation
+        return _as_rgb(image), _exif_orientation(image.getexif)
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels (H, W, 3) uint8 of an image of Pillow, by the rules of `decode_frame`."""
+    return np.ascontiguousarray(_turn(_as_rgb(image), _exif_orientation(image.getexif)))
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    """Pixels (H, W, 3) as they are stored."""
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would cut it off at 255
+        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
 def _open_pillow(data: bytes) -> ImageFile.ImageFile:

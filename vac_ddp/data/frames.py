@@ -30,6 +30,7 @@ from vac_ddp.runtime.torch_compat import resize_into
 _Made = TypeVar("_Made")
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Size = tuple[int, int]  # height, width in pixels
+Frame = bytes | np.ndarray  # the file of a frame, or its pixels (H, W, 3) uint8
 
 REDUCTIONS = (8, 4, 2)  # what libjpeg decodes at little cost (Wallace's DCT, scaled in the frequency domain)
 CHUNK_BYTES = 1 << 22  # decoded frames held for one resampling (measured best: 2 to 4 MiB)
@@ -98,13 +99,13 @@ def neighbours(frame: int, n_frames: int) -> Iterator[int]:
 class FrameReader:
     """The frames of one video, with damaged ones replaced and noted."""
 
-    def __init__(self, read: Callable[[int], bytes], n_frames: int, tolerant: bool) -> None:
+    def __init__(self, read: Callable[[int], Frame], n_frames: int, tolerant: bool) -> None:
         self.read, self.n_frames, self.tolerant = read, n_frames, tolerant
         self.damaged: dict[int, str] = {}
-        self._files: dict[int, bytes] = {}
-        self._last: tuple[int, bytes] | None = None
+        self._files: dict[int, Frame] = {}
+        self._last: tuple[int, Frame] | None = None
 
-    def use(self, frame: int, make: Callable[[bytes, bool], _Made]) -> _Made:
+    def use(self, frame: int, make: Callable[[Frame, bool], _Made]) -> _Made:
         """What `make(data, tolerant)` returns for `frame` or for what stands in for it.
 
         That is: the frame, as a whole; as far as it decodes (tolerant); the nearest whole one; the nearest of which
@@ -129,7 +130,7 @@ class FrameReader:
         if self.tolerant:
             yield from ((other, True) for other in neighbours(frame, self.n_frames))
 
-    def fetch(self, frames: Sequence[int]) -> list[bytes | None]:
+    def fetch(self, frames: Sequence[int]) -> list[Frame | None]:
         """The files of `frames`, kept until the next call; None for one that cannot be read, which `use` then meets."""
         self._files = {}
         for frame in frames:
@@ -137,7 +138,7 @@ class FrameReader:
                 self._files[frame] = self._last[1] if self._last and self._last[0] == frame else self.read(frame)
         return [self._files.get(frame) for frame in frames]
 
-    def bytes_of(self, frame: int) -> bytes:
+    def bytes_of(self, frame: int) -> Frame:
         """The file of a frame; of those that were not fetched the last is kept. Raises OSError: it cannot be read."""
         if frame in self._files:
             return self._files[frame]
@@ -163,12 +164,17 @@ def _scratch(*shape: int) -> np.ndarray:
     return _kept.buffer[:size].reshape(shape)
 
 
-def _decode(data: bytes, tolerant: bool, *, factor: Callable[[int, int], int], buffer: np.ndarray) -> np.ndarray:
-    return decode_frame(data, factor=factor, tolerant=tolerant, buffer=buffer)
+def _size(data: Frame, _: bool) -> tuple[Size, bool]:
+    """(height, width) of a frame, and whether it is to be decoded."""
+    return ((data.shape[0], data.shape[1]), False) if isinstance(data, np.ndarray) else (frame_size(data), True)
+
+
+def _decode(data: Frame, tolerant: bool, *, factor: Callable[[int, int], int], buffer: np.ndarray) -> np.ndarray:
+    return data if isinstance(data, np.ndarray) else decode_frame(data, factor=factor, tolerant=tolerant, buffer=buffer)
 
 
 def read_clip(
-    read: Callable[[int], bytes],
+    read: Callable[[int], Frame],
     frames: np.ndarray,
     boxes: Callable[[int, int], Sequence[Box]],
     out: torch.Tensor,
@@ -182,7 +188,7 @@ def read_clip(
     Parameters
     ----------
     read : callable
-        Bytes of a frame's file by number; an OSError makes it a damaged frame.
+        The file of a frame by its number, or its pixels (H, W, 3) uint8; an OSError makes it a damaged frame.
     frames : (..., T) integers
         Frame numbers in [0, n_frames), in any order, also several times.
     boxes : callable
@@ -206,11 +212,11 @@ def read_clip(
     alone = len(out) == 1 or frames.size == frames.shape[-1]  # clips lie in `out` one behind the other
     in_place = alone and bool((np.diff(frames.reshape(-1)) > 0).all())
     wanted, places = (frames.reshape(-1), None) if in_place else np.unique(frames, return_inverse=True)
-    shape = source.use(int(wanted[0]), lambda data, _: frame_size(data))
+    shape, coded = source.use(int(wanted[0]), _size)
     crops = list(boxes(*shape))
     shape_of_all = (len(crops), len(wanted), *out.shape[-3:])
     once = out.view(shape_of_all) if in_place else out.new_empty(shape_of_all)
-    _crop_frames(source, wanted, shape, crops, once, reduced=reduced)
+    _crop_frames(source, wanted, shape, crops, once, reduced=reduced and coded)
     if places is not None:
         rows = torch.from_numpy(places.reshape(frames.shape))
         for window in np.ndindex(frames.shape[:-1]):
@@ -246,7 +252,7 @@ def _crop_frames(
         held = 0
         for number, (frame, file) in enumerate(zip(part, source.fetch(part), strict=True)):
             slot = slots[held]
-            if file is not None and plain_jpeg_size(file) == shape and decode_plain_jpeg(file, least, slot):
+            if isinstance(file, bytes) and plain_jpeg_size(file) == shape and decode_plain_jpeg(file, least, slot):
                 held += 1
                 continue
             image = source.use(frame, functools.partial(_decode, factor=factor, buffer=slot))

@@ -19,7 +19,7 @@ from vac_ddp.data.folder_levels import better_roots, frames_below
 from vac_ddp.data.frame_names import FrameNames, Texts, is_plain
 from vac_ddp.data.index_file import read_scan, write_scan
 from vac_ddp.data.pack import PackedFrames, is_pack, read_pack
-from vac_ddp.data.scan import Scan, layout, scan_root, unchanged
+from vac_ddp.data.scan import Scan, layout, scan_root, scan_video, unchanged
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.settings import DataSettings
@@ -108,17 +108,21 @@ def open_index(
     classes: list[str] | None = None,
     scan: bool = True,
     cache_file: str | Path | None = None,
+    keep: bool = True,
 ) -> Index:
     """The index of a labelled folder <class>/<video>/*.jpg, a test folder <video>/*.jpg, a CSV, or a packed set.
 
     The scan is kept under `settings.cache` and used again while the tree is unchanged. With several ranks, rank 0
     calls first and the others, after a barrier, with `scan=False`: they read what it wrote and look at nothing
     else. `cache_file` is one more copy in a place that all ranks see, where the cache folder is not shared.
+    keep=False: what is kept is read, and nothing is written.
 
     `classes`: the labels are by these names (validation data of a model that has them). Every test video is in
     the index, whatever its state. Raises UserError for anything the user must change, in one line.
     """
-    index, found = open_as_it_is(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file)
+    index, found = open_as_it_is(
+        root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file, keep=keep
+    )
     if not labelled:
         return _checked_test(index, found, settings)
     _check_classes(index, classes)
@@ -126,7 +130,7 @@ def open_index(
         number = {name: i for i, name in enumerate(classes)}
         index.labels = np.array([number[name] for name in index.classes], np.int64)[index.labels]
         index.classes = list(classes)
-    return _without_bad(index, found, settings)
+    return _without_bad(index, found, settings, keep=keep)
 
 
 def open_as_it_is(
@@ -136,17 +140,23 @@ def open_as_it_is(
     settings: DataSettings,
     scan: bool = True,
     cache_file: str | Path | None = None,
+    keep: bool = True,
 ) -> tuple[Index, Scan]:
     """The index with all that is wrong left in it, and the scan that knows what: for those who report or copy it."""
     root = Path(root).expanduser()
     if is_pack(root):
         found, packed = read_pack(root, labelled=labelled)
         return index_of(found, root, packed), found
-    found = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file)
+    found = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file, keep=keep)
     hollow = found.states == scanning.EMPTY
     if scan and root.is_dir() and (hollow.any() if labelled else hollow.all()):
         _check_level(root, labelled=labelled)
     return index_of(found, root), found
+
+
+def open_folder(folder: Path, settings: DataSettings) -> Index:
+    """The index of a single video, a folder of frames; nothing is kept of the scan."""
+    return index_of(scan_video(folder, pattern=settings.frame_pattern), folder)
 
 
 def _check_level(root: Path, *, labelled: bool) -> None:
@@ -203,7 +213,13 @@ def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path | 
 
 
 def cached_scan(
-    root: Path, *, labelled: bool, settings: DataSettings, scan: bool = True, cache_file: str | Path | None = None
+    root: Path,
+    *,
+    labelled: bool,
+    settings: DataSettings,
+    scan: bool = True,
+    cache_file: str | Path | None = None,
+    keep: bool = True,
 ) -> Scan:
     """What the cache knows of `root`, if that still holds, else a new scan, which is then kept (see `open_index`)."""
     default = cache_path(root, labelled=labelled, settings=settings)
@@ -214,7 +230,7 @@ def cached_scan(
             continue
         ours = _is_of(stored, root, labelled=labelled) and (stored.pattern or None) == (settings.frame_pattern or None)
         if not scan or (ours and unchanged(stored, every=settings.rescan)):
-            if scan:
+            if scan and keep:
                 stale, later = places[:i], places[i + 1 :]
                 _keep(stored, [*stale, *(other for other in later if not other.exists())], cache_file)
             return stored
@@ -224,7 +240,8 @@ def cached_scan(
             "that all ranks see"
         )
     found = scan_root(root, labelled=labelled, pattern=settings.frame_pattern)
-    _keep(found, places, cache_file)
+    if keep:
+        _keep(found, places, cache_file)
     return found
 
 
@@ -298,13 +315,13 @@ def _check_classes(index: Index, classes: list[str] | None) -> None:
         raise UserError(f"{index.root} has a single class ({index.classes[0]}): a classifier needs at least two")
 
 
-def _without_bad(index: Index, found: Scan, settings: DataSettings) -> Index:
+def _without_bad(index: Index, found: Scan, settings: DataSettings, *, keep: bool) -> Index:
     """Refuse videos without a good frame, or leave them out where the user said so and they are few."""
     bad = np.flatnonzero(found.states != scanning.GOOD)
     if len(bad) and settings.on_bad_video == "error":
         raise UserError(
             f"{len(bad)} of {len(index)} videos of {index.root} cannot be used: {_named(found, bad)}"
-            f"{_whole_list(index, found, bad, settings)}{why_bad(index, found, bad)}; "
+            f"{_whole_list(index, found, bad, settings) if keep else ''}{why_bad(index, found, bad)}; "
             "repair or remove them, or set data.on_bad_video=skip"
         )
     share = max(len(bad) / len(index), index.damaged / max(1, int(index.frame_counts.sum())))

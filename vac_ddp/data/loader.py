@@ -105,6 +105,8 @@ class Loader:
         self._met: set[str] = set()  # damaged frames
         self._videos: set[str] = set()  # of these frames
         self._named = named
+        if not self.workers:
+            return
         weakref.finalize(self, _shut_down, self._running).atexit = False
         atexit.register(_shut_down, self._running)  # before multiprocessing would wait for them for ever
 

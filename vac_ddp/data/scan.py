@@ -90,6 +90,13 @@ def scan_root(root: Path, *, labelled: bool, pattern: str | None = None) -> Scan
     raise UserError(f"no such folder: {root} (expected {layout(labelled)}, a packed set, or a CSV)")
 
 
+def scan_video(folder: Path, *, pattern: str | None = None) -> Scan:
+    """Scan the folder of frames of a single video without a label."""
+    path = folder.resolve()
+    task = _Task(root=folder, base=str(path.parent), pattern=pattern, check=False, started=time.time_ns())
+    return _scan_videos(task, [], np.full(1, -1, np.int64), [path.name], {}, Strays())
+
+
 def looks_labelled(root: Path) -> bool:
     """Whether a folder is <class>/<video>/*.jpg rather than <video>/*.jpg, or a CSV has labels: by a first look."""
     if root.is_file():

@@ -78,6 +78,8 @@ def _videomae_net(model: VideoMAE, labels: dict[int, str]) -> Any:
         use_mean_pooling=arch.pooling == "mean",
         num_labels=len(labels),
     )
+    if arch.head_eps != HF_HEAD_EPS:
+        settings.classifier_norm_eps = arch.head_eps  # not read by transformers, but by vac_ddp
     net = VideoMAEForVideoClassification(settings)
     net.load_state_dict(file_state(model))
     return net

@@ -146,7 +146,8 @@ def _recipe(card: Card) -> str:
 
 def settings_to_use(config: Config) -> str:
     """The settings that turn a video into the model's answer, as YAML: clips, model, views; without paths."""
-    return _as_yaml(_groups(config, _USE) | {"data": {"reduced_decode": config.data.reduced_decode}})
+    reading = {"data": {"reduced_decode": config.data.reduced_decode}, "train": {"precision": config.train.precision}}
+    return _as_yaml(_groups(config, _USE) | reading)
 
 
 def _groups(config: Config, names: Sequence[str]) -> dict[str, Any]:

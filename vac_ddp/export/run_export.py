@@ -24,12 +24,11 @@ from vac_ddp.export.check_file import CARD, write_check
 from vac_ddp.export.comparison import HALF_TOLERANCE, TOLERANCE, Probe, compare, limit_of, make_probes
 from vac_ddp.export.model_card import UNKNOWN, Card, check_license, settings_to_use, write_card
 from vac_ddp.models import load_model
+from vac_ddp.models.foreign import SETTINGS
 from vac_ddp.models.load_report import Loaded
 from vac_ddp.models.weight_files import Source, open_own
 from vac_ddp.settings import Config
 from vac_ddp.version import VERSION
-
-SETTINGS = "vac_ddp.yaml"  # how videos become clips and views, for `vac_ddp.load` and whoever prepares clips
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,19 @@ from vac_ddp.settings import ClipSettings, ModelSettings
 
 
 def load_model(
-    settings: ModelSettings, clip: ClipSettings, classes: list[str], *, seed: int, for_features: bool = False
+    settings: ModelSettings,
+    clip: ClipSettings,
+    classes: list[str],
+    *,
+    seed: int,
+    for_features: bool = False,
+    keep_classifier: bool = False,
 ) -> Loaded:
     """Build the model that the settings name and give it its weights; `settings.weights=None` draws them from `seed`.
 
     Checkpoints of ours come back bit for bit, with the classifier if the classes are the same.
-    for_features: see `load_videomae`.
+    for_features: see `load_videomae`. keep_classifier: of a model of transformers, whose `classes` these are
+    (a training draws a new one).
     Raises UserError when weights cannot be had, lack a part of the backbone, or do not fit.
     """
     if settings.name == "probe":
@@ -33,6 +40,10 @@ def load_model(
     if settings.name != "videomae":
         if own is not None and own.own:
             return _load_own(own, settings, clip, classes, seed=seed)
+        if keep_classifier and settings.name == "hf":
+            from vac_ddp.models.hf_adapter import build_hf
+
+            return build_hf(settings, clip, len(classes), seed=seed, keep_classifier=True)
         return _build_other(settings, clip, len(classes), seed=seed)
     if own is not None:
         return videomae_weights.load_videomae(own, settings, clip, classes, seed=seed, for_features=for_features)

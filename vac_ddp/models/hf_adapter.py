@@ -196,8 +196,9 @@ def build_hf(
     seed: int,
     architecture: dict[str, Any] | None = None,
     stored: int | None = None,
+    keep_classifier: bool = False,
 ) -> Loaded:
-    """The classifier that settings.weights (hub id or directory) names, its head drawn anew from `seed`.
+    """The model that settings.weights (hub id or directory) names, its classifier kept or drawn anew from `seed`.
 
     architecture: what `HFClassifier.architecture` gave; the model is then built of it with random weights, for a file
     of `stored` parameters where that is known. UserError: VideoMAE, other tasks, weights without a part of the
@@ -218,9 +219,10 @@ def build_hf(
     unused = unused_parameters(config, clip, stored=stored)
     report = LoadReport(source="none")
     with seeded(seed), quiet():
-        net = from_config(config) if source is None else _load(source, config, report)
-        _draw_classifier(net, settings.head_init_scale)
-    report.head = f"drawn for {num_classes} classes"
+        net = from_config(config) if source is None else _load(source, config, report, keep_classifier=keep_classifier)
+        if not keep_classifier:
+            _draw_classifier(net, settings.head_init_scale)
+    report.head = f"{'kept,' if keep_classifier else 'drawn for'} {num_classes} classes"
     zeroed += silence(net)
     if zeroed:
         report.notes.append(f"runs without random layers of its own ({', '.join(zeroed)})")
@@ -253,8 +255,11 @@ def _open(settings: ModelSettings) -> weight_files.Source:
     return source
 
 
-def _load(source: weight_files.Source, config: Any, report: LoadReport) -> Any:
-    """The model with the source's tensors. Only the classifier and what is above the backbone may be missing."""
+def _load(source: weight_files.Source, config: Any, report: LoadReport, *, keep_classifier: bool) -> Any:
+    """The model with the source's tensors. Only the classifier and what is above the backbone may be missing.
+
+    The report counts the classifier as drawn anew unless keep_classifier and the source has it.
+    """
     from transformers import AutoModelForVideoClassification
 
     source.state.clear()  # transformers reads the file again, through its own renaming of older names
@@ -276,7 +281,7 @@ def _load(source: weight_files.Source, config: Any, report: LoadReport) -> Any:
     if lost:
         raise UserError(f"{source.path} lacks {some(lost)} of the backbone, or has them in another shape")
     total = sum(parameter.numel() for parameter in net.parameters())
-    head = {f"{_head_path(net)}.{part}" for part in ("weight", "bias")}
+    head = set() if keep_classifier else {f"{_head_path(net)}.{part}" for part in ("weight", "bias")}
     new = {name: parameter.numel() for name, parameter in net.named_parameters() if name in drawn | head}
     report.source, report.kind, report.file, report.sha256 = source.asked, source.kind, str(source.path), source.sha256
     report.used = len(net.state_dict()) - len(new)

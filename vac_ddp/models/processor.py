@@ -48,6 +48,14 @@ def normalization_of(source: Source | None) -> tuple[Any, Any]:
     return tuple(mean), tuple(std)
 
 
+def crop_of(source: Source) -> tuple[int | None, int | None]:
+    """(side of the crop, short side of the frame before it) that the source's pre-processing makes; None: not said."""
+    said = video_processor(source)
+    size = _side(said.get("size"))
+    crop = _side(said.get("crop_size")) if _flag(said, "do_center_crop", True) else None
+    return crop or size, size
+
+
 def size_notes(source: Source, clip: ClipSettings) -> list[str]:
     """Lines for the load report where the source's pre-processing makes frames of another size or shape than `clip`."""
     said = video_processor(source)

@@ -163,7 +163,7 @@ def _deduce(
         tubelet=tubelet,
         heads=_heads(source, width, settings, saved, report),
         eps=config.get("layer_norm_eps", 1e-12) if is_hf else 1e-6,
-        head_eps=1e-5 if is_hf else 1e-6,
+        head_eps=config.get("classifier_norm_eps", 1e-5) if is_hf else 1e-6,
         grids=((frames // tubelet, height // patch, across // patch),),
     )
 

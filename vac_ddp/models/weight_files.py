@@ -110,6 +110,7 @@ class HubConfig(TypedDict):
     num_hidden_layers: NotRequired[Depth]
     hidden_size: NotRequired[Size]
     layer_norm_eps: NotRequired[Epsilon]
+    classifier_norm_eps: NotRequired[Epsilon]  # of an exported run; transformers' class has 1e-5
     id2label: NotRequired[dict[str, str] | None]
     num_labels: NotRequired[Size]
     qv_bias: NotRequired[bool]
@@ -169,8 +170,10 @@ class Source:
         return self.classes is not None and self.config is not None
 
 
-def open_source(asked: str, *, revision: str | None = None) -> Source:
+def open_source(asked: str, *, revision: str | None = None, setting: str = "model.weights=") -> Source:
     """Read what `model.weights` names: a file, a directory, or else a hub id (downloaded, or from its local cache).
+
+    setting: what an error about a hub id has before it; "" where none was set.
 
     Raises UserError, with the remedy, when there is nothing, or nothing whole, or objects beside tensors.
     """
@@ -181,7 +184,7 @@ def open_source(asked: str, *, revision: str | None = None) -> Source:
         return _from_file(asked, path)
     if path.is_absolute() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or asked.startswith((".", "~")):
         raise UserError(f"model.weights={asked}: no such file or directory")
-    return _from_hub(asked, revision)
+    return _from_hub(asked, revision, setting)
 
 
 def open_own(path: str | Path) -> Source:
@@ -302,26 +305,26 @@ def _read_object(path: Path, kind: Any) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _from_hub(hub_id: str, revision: str | None) -> Source:
+def _from_hub(hub_id: str, revision: str | None, setting: str) -> Source:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub import errors as hub
 
-    remedy = (
-        f"where there is a network, run `hf download {hub_id} --local-dir DIR` and give model.weights=DIR; "
-        "or give model.weights=null with model.size (or width, depth, heads) to train from scratch"
-    )
+    remedy = f"where there is a network, run `hf download {hub_id} --local-dir DIR` and give {setting}DIR"
+    if setting:
+        remedy += "; or give model.weights=null with model.size (or width, depth, heads) to train from scratch"
+    named = f"{setting}{hub_id}"
     listed: set[str] | None = None
     cause = ""
     try:
         info = HfApi().model_info(hub_id, revision=revision, timeout=15)
         listed, revision = {file.rfilename for file in info.siblings or []}, info.sha
     except hub.HFValidationError:
-        raise UserError(f"model.weights={hub_id} is no file, no directory and no hub id; {remedy}") from None
+        raise UserError(f"{named} is no file, no directory and no hub id; {remedy}") from None
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         missing = "revision" if isinstance(error, hub.RevisionNotFoundError) else "model"
         where = f" at model.revision={revision}" if missing == "revision" else ""
         raise UserError(
-            f"model.weights={hub_id}{where} is no file or directory here, and the hub has no such {missing} "
+            f"{named}{where} is no file or directory here, and the hub has no such {missing} "
             f"(or it is private: `hf auth login`): check the name; {remedy}"
         ) from None
     except Exception as error:  # offline in one of many ways: what is in the cache will do
@@ -346,14 +349,12 @@ def _from_hub(hub_id: str, revision: str | None) -> Source:
     except Exception as error:  # a download can fail in many ways, and all of them are the user's to know
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.weights={hub_id} cannot be downloaded ({first_line(error)}); {remedy}") from None
+        raise UserError(f"{named} cannot be downloaded ({first_line(error)}); {remedy}") from None
     if config is None or weights is None:
         if listed is not None:
-            raise UserError(
-                f"model.weights={hub_id}: the hub's copy has no {'config.json' if config is None else 'weights'}"
-            )
+            raise UserError(f"{named}: the hub's copy has no {'config.json' if config is None else 'weights'}")
         raise UserError(
-            f"model.weights={hub_id} is no file or directory here, not in the local cache, and the hub cannot be "
+            f"{named} is no file or directory here, not in the local cache, and the hub cannot be "
             f"reached ({cause}); {remedy}"
         )
     source = _from_directory(hub_id, config.parent)

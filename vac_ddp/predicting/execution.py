@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vac_ddp.data.dataset import TestViews
-from vac_ddp.data.index import Index
+from vac_ddp.data.dataset import TestViews, Videos
 from vac_ddp.data.loader import Loader, views_loader, worker_count
 from vac_ddp.errors import UserError
 from vac_ddp.predicting.all_videos import Done, run_task
@@ -48,19 +47,18 @@ def execute(
     config: Config,
     task: Task,
     scorer: Scorer,
-    index: Index,
+    index: Videos,
     out: Path,
     *,
     overwrite: bool,
     stop: Callable[[], int] = lambda: 0,
-    quiet: bool = False,
 ) -> Done:
     """Send all views of the videos of `index` through the model, and write the task's file; called by all ranks."""
     prepare(scorer, config, len(index) * len(task.head.views) // distributed.world_size())
     views, reduced = config.predict.views, config.data.reduced_decode
     dataset = TestViews(index, np.arange(len(index)), config.clip, views, tolerant=True, reduced=reduced)
     local_ranks = local_world_size()
-    shown = distributed.is_main() and sys.stderr.isatty() and not quiet
+    shown = distributed.is_main() and sys.stderr.isatty()
 
     def load(videos: list[int]) -> Loader:
         return views_loader(

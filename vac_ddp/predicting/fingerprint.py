@@ -12,7 +12,7 @@ import hashlib
 import numpy as np
 
 from vac_ddp.checks import leaves
-from vac_ddp.data.index import Index
+from vac_ddp.data.dataset import Videos
 from vac_ddp.settings import REMOVED, Config
 from vac_ddp.version import installed
 
@@ -25,7 +25,7 @@ LIBRARIES = ("torch", "simplejpeg", "pillow", "pillow-simd", "torchvision")  # t
 
 
 def fingerprint(
-    config: Config, index: Index, *, weights: str, precision: str, device: str, version: str, frames: bool = True
+    config: Config, index: Videos, *, weights: str, precision: str, device: str, version: str, frames: bool = True
 ) -> dict[str, str]:
     """The fingerprint of predicting the videos of `index`.
 
@@ -67,20 +67,20 @@ def differences(stored: dict[str, str], now: dict[str, str]) -> tuple[list[str],
     return changed, [name for name in missing if name != "format"]
 
 
-def data_mark(index: Index) -> str:
+def data_mark(index: Videos) -> str:
     """What tells one set of videos from another: how many, and a hash over their names and numbers of frames."""
     digest = hashlib.sha256("\n".join(index.names).encode("utf-8", "surrogateescape"))
     digest.update(np.asarray(index.frame_counts, "<i8").tobytes())
     return f"{len(index)} videos, {digest.hexdigest()[:16]}"
 
 
-def frames_mark(index: Index) -> str:
+def frames_mark(index: Videos) -> str:
     """A hash over the middle frames of some videos, spread over all: the same names may come to hold other pictures."""
     digest = hashlib.sha256()
     for video in sorted({round(place) for place in np.linspace(0, len(index) - 1, min(SAMPLED, len(index))).tolist()}):
         frame = int(index.frame_counts[video]) // 2
         try:
-            data = index.frame_bytes(video, frame) if index.frame_counts[video] else b""
+            data = bytes(index.reader(video)(frame)) if index.frame_counts[video] else b""
         except OSError:
             data = b""
         digest.update(hashlib.sha256(data).digest())

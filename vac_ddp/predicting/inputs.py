@@ -1,4 +1,4 @@
-"""What is predicted: one video laid out as a data set, the index of a folder, or a part of the run's own data."""
+"""What is predicted: the index of a folder, or a part of the run's own data."""
 
 from __future__ import annotations
 
@@ -7,32 +7,11 @@ from pathlib import Path
 from vac_ddp.data.grouping import known_sources
 from vac_ddp.data.index import Index, cache_name, open_index
 from vac_ddp.data.split import read_split
-from vac_ddp.data.video_reader import DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import UserError
 from vac_ddp.predicting.part_files import FOLDER
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.ranks import say
 from vac_ddp.settings import Config
-
-
-def lay_out(data: Path, kind: str, root: Path, *, short_side: int) -> list[str]:
-    """Make `root` a data set of the one video `data`: a folder of frames, or a "video file", which is unpacked.
-
-    Returns what is wrong with a file that has frames. UserError where it has none.
-    """
-    root.mkdir()
-    if kind == "frames":
-        (root / data.resolve().name).symlink_to(data.resolve(), target_is_directory=True)
-        return []
-    need_av()
-    folder = root / (data.stem.lstrip(".") or "video")  # hidden folders are not read
-    folder.mkdir()
-    video = VideoFile(path=data)
-    try:
-        write_frames(video, folder, short_side=short_side, quality=95, subsampling="444")
-    except DamagedVideo as error:
-        raise UserError(f"{data} cannot be read as a video: {error}") from None
-    return video.faults
 
 
 def read_index(root: Path, config: Config, classes: list[str] | None, out: Path, *, labelled: bool) -> Index:

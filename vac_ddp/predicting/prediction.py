@@ -1,24 +1,22 @@
-"""Predict a folder of videos, or one video: from a checkpoint and data to a views file and its results."""
+"""Predict a folder of videos, or one video: from a checkpoint and data to a logits file and its results."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vac_ddp.data.data_kind import kind_of
+from vac_ddp.data.given import open_given
 from vac_ddp.errors import Findings, UserError
 from vac_ddp.models.weight_files import Source
-from vac_ddp.predicting.all_videos import Done
+from vac_ddp.predicting.direct import answers
 from vac_ddp.predicting.execution import execute, locked, say_how
-from vac_ddp.predicting.inputs import lay_out, part_of, read_index
+from vac_ddp.predicting.inputs import part_of, read_index, sources_by_name
 from vac_ddp.predicting.outputs import check_submission, write_results
 from vac_ddp.predicting.task import make_task
 from vac_ddp.results import averaging
-from vac_ddp.results.logits_file import Views, read_views
+from vac_ddp.results.logits_file import read_views
 from vac_ddp.results.metrics import top_classes
 from vac_ddp.runtime import distributed
 from vac_ddp.runtime.gpus import gpu_of
@@ -26,7 +24,7 @@ from vac_ddp.runtime.host_memory import keep_freed_memory
 from vac_ddp.runtime.monitor import PROCESS
 from vac_ddp.runtime.ranks import say
 from vac_ddp.runtime.signals import StopRequest
-from vac_ddp.scoring.scorer import Scorer, open_scorer
+from vac_ddp.scoring.scorer import open_scorer
 from vac_ddp.settings import Config
 from vac_ddp.text import listed
 
@@ -63,9 +61,10 @@ def predict_folder(request: Request, device: torch.device, *, labelled: bool, st
         index = read_index(request.data, config, source.classes, out, labelled=labelled)
         for note in index.notes:
             say(note)
-        sources = None
         if request.part:
             index, sources = part_of(index, source.path.parent, config, request.part)
+        else:
+            sources = sources_by_name(config, index)
         task = make_task(config, source, index, device, sources=sources)
         ids, classes = task.head.ids, task.head.classes
         distributed.main_first(lambda: check_submission(ids, classes, config, request.sample), lambda: None)
@@ -93,44 +92,29 @@ def predict_one(request: Request, device: torch.device) -> None:
 
     Raises UserError where nothing of it decodes, and Findings where a part of it does not.
     """
-    data, config = request.data, request.config
+    data, config, source = request.data, request.config, request.source
     if distributed.world_size() > 1:
         raise UserError(f"{data} is one video: start `vac predict` without torchrun")
     config.data.workers = 0
-
-    def opened() -> Scorer:
-        return open_scorer(config, request.source, device, gpu_of(device))
-
-    with tempfile.TemporaryDirectory(prefix="vac_predict_") as scratch:
-        views, done, faults = predict_here(request, opened, Path(scratch))
-        if views.failed[0]:
-            raise UserError(f"{data}: {done.damage[0] if done.damage else 'no frame of it can be decoded'}")
-        if request.out:
-            write_results(request.out, config, request.sample)
-    scores = averaging.average_views(views.logits, method=config.predict.average)
+    given = open_given(data, config, list(source.classes or []))
+    scorer = open_scorer(config, source, device, gpu_of(device))
+    if request.out:
+        task = make_task(config, source, given.videos, device)
+        done = execute(config, task, scorer, given.videos, request.out, overwrite=request.overwrite)
+        views = read_views(request.out)
+        logits, damage = None if views.failed[0] else views.logits[0], done.damage
+    else:
+        (answer,) = answers(given, scorer, config)
+        logits, damage = answer.outputs, answer.faults
+    if logits is None:
+        raise UserError(f"{data}: {damage[0] if damage else 'no frame of it can be decoded'}")
+    for line in [] if given.faults else damage:
+        say(line)
+    if request.out:
+        write_results(request.out, config, request.sample)
+    scores = averaging.average_views(logits[None], method=config.predict.average)
     numbers, probabilities = top_classes(scores, TOP)
     for number, probability in zip(numbers[0].tolist(), probabilities[0].tolist(), strict=True):
-        print(f"{probability:.4f}  {views.classes[number]}")
-    if faults:
-        raise Findings(f"{data}: {'; '.join(faults)}; predicted from the frames that decode")
-
-
-def predict_here(
-    request: Request, opened: Callable[[], Scorer], scratch: Path, *, quiet: bool = False
-) -> tuple[Views, Done, list[str]]:
-    """Predict any data in this process, with all files but `request.out` in `scratch`; the settings are changed.
-
-    opened: gives the model, once the data is known to be good. Returns the views, how it went, and what is wrong with
-    a video file of which some frames decode.
-    """
-    root, config, kind, faults = request.data, request.config, kind_of(request.data), []
-    if kind in ("video file", "frames"):
-        root = scratch / "data"
-        faults = lay_out(request.data, kind, root, short_side=2 * config.clip.size)
-    config.data.cache = str(scratch)
-    out = request.out or scratch / "out"
-    index = read_index(root, config, request.source.classes, out, labelled=kind == "labelled")
-    scorer = opened()
-    task = make_task(config, request.source, index, scorer.device)
-    done = execute(config, task, scorer, index, out, overwrite=request.overwrite, quiet=quiet)
-    return read_views(out), done, faults
+        print(f"{probability:.4f}  {(source.classes or [])[number]}")
+    if given.faults:
+        raise Findings(f"{data}: {'; '.join(given.faults[0])}; predicted from the frames that decode")

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from vac_ddp.data.clip_sampling import view_windows, window_count
-from vac_ddp.data.index import Index
+from vac_ddp.data.dataset import Videos
 from vac_ddp.models.precision import precision_of
 from vac_ddp.models.weight_files import Source
 from vac_ddp.predicting.fingerprint import fingerprint
-from vac_ddp.predicting.inputs import sources_by_name
 from vac_ddp.predicting.part_files import Output
 from vac_ddp.results.features_file import FeaturesHead
 from vac_ddp.results.logits_file import NAME, ViewsHead, log_prior, read_views, write_views
@@ -52,12 +51,12 @@ class Task:
 
 
 def make_task(
-    config: Config, source: Source, index: Index, device: torch.device, *, sources: list[str] | None = None
+    config: Config, source: Source, index: Videos, device: torch.device, *, sources: list[str] | None = None
 ) -> Task:
     """The task of predicting all videos of `index` with the weights of `source`.
 
     A video of which nothing can be decoded gets the logarithm of the class prior. sources: where each video was cut
-    from; without them it is inferred from the names of labelled videos.
+    from; without them it is not known.
     """
     views, classes, names = config.predict.views, list(source.classes or []), list(index.names)
     precision = precision_of(config, distributed.weakest_gpu(device), source.precision)
@@ -81,7 +80,7 @@ def make_task(
         classes=classes,
         views=view_table(views, window_count(views)),
         labels=np.asarray(index.labels, np.int64),
-        sources=sources_by_name(config, index) if sources is None else sources,
+        sources=[""] * len(names) if sources is None else sources,
         damaged=np.zeros(len(names), np.int64),
         failed=np.zeros(len(names), bool),
         about={
@@ -102,7 +101,7 @@ def make_task(
     )
 
 
-def costs_of(config: Config, index: Index) -> np.ndarray:
+def costs_of(config: Config, index: Videos) -> np.ndarray:
     """Relative cost of the views of each video, (V,) int64."""
     views = config.predict.views
     per_window = views.crops * (2 if views.flip else 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class Scorer:
 
     clips_per_gpu: the clips of a pass as `setting` gives them, or "auto"; found: what `pass_size` made of auto.
     pad: fill the last, short pass with zeros, because a compiled model would be compiled again for its size.
-    steps: give the features of time steps, not logits.
+    steps: give the features of time steps, not logits. lock: one pass at a time, also from several threads: together
+    they would need the memory of several passes, and would be no faster on a device that one pass fills.
     """
 
     model: VideoModel
@@ -48,6 +50,7 @@ class Scorer:
     pad: bool = False
     steps: bool = False
     setting: str = "predict.clips_per_gpu"
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def clips_per_pass(self) -> int:
@@ -58,19 +61,25 @@ class Scorer:
     @torch.no_grad()
     def outputs(self, clips: Tensor) -> Tensor:
         """Logits (B, K), or features (B, T', D), of clips (B, T, S, S, 3) uint8 in one pass, float32 on the device."""
-        pixels = normalize(clips, self.mean, self.std, torch.float32)
-        with autocast(self.device, self.autocast):
+        return self.pass_of(normalize(clips, self.mean, self.std, torch.float32))
+
+    @torch.no_grad()
+    def pass_of(self, pixels: Tensor) -> Tensor:
+        """The same of normalized clips (B, T, 3, S, S)."""
+        with self.lock, autocast(self.device, self.autocast):
             outputs: Tensor = self.model.steps(pixels) if self.steps else self.model(pixels)
             return outputs.float()
 
 
 def open_scorer(config: Config, source: Source, device: torch.device, gpu: Gpu | None) -> Scorer:
-    """The model of a checkpoint on its device, with what its views need.
+    """The model of a checkpoint, or of a foreign classifier, on its device, with what its views need.
 
     gpu: the weakest of the ranks that predict together, by which the precision is chosen; None: a CPU.
     """
-    wanted = dataclasses.replace(config.model, weights=str(source.path))
-    loaded = load_model(wanted, config.clip, list(source.classes or []), seed=config.seed)
+    foreign = not source.own
+    wanted = dataclasses.replace(config.model, weights=str(source.path.parent if foreign else source.path))
+    classes = list(source.classes or [])
+    loaded = load_model(wanted, config.clip, classes, seed=config.seed, keep_classifier=foreign)
     if loaded.report.missing:
         raise UserError(f"{source.path} lacks {', '.join(loaded.report.missing[:NAMED])}: it cannot predict")
     loaded.model.eval_tokens = kept_tokens(
