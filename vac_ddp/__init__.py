@@ -1,8 +1,8 @@
 """Fine-tune video classifiers on frame folders with raw PyTorch DDP.
 
 From Python: `vac_ddp.load(run)` gives a `Classifier`, whose `predict` takes videos as paths, arrays, tensors and images
-(see `vac_ddp.api`); `vac_ddp.run_training(settings, nproc=N)` trains in processes of its own. What the user must change is
-a `vac_ddp.UserError` of one line.
+(see `vac_ddp.api`); `vac_ddp.run_training(settings, nproc=N)` trains in processes of its own. What the user must change
+is a `vac_ddp.UserError` of one line.
 """
 
 from __future__ import annotations
