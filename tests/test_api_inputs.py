@@ -54,6 +54,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in ("swim", "dive"):
         (folder / "strange" / label).mkdir(parents=True)
         (folder / "strange" / label / "a").symlink_to(folder / "test" / "a")
+    (folder / "turned").mkdir()
+    for path in (folder / "test" / "a").iterdir():  # lying on their side, as EXIF says
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(folder / "turned" / path.name, exif=exif)
     write_film(folder / "film.mkv")
     (folder / "list.csv").write_text("test/c\ntest/a\n")
     return folder
@@ -123,6 +128,7 @@ FORMS: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str]]]] = {  # x, 
     "numpy with other strides": (lambda p: array(p, "b")[:, :, :, ::-1].copy()[..., ::-1], [("0", "b")]),
     "torch": (lambda p: tensor(p, "c"), [("0", "c")]),
     "images": (lambda p: images(p, "a"), [("0", "a")]),
+    "turned images": (lambda p: [Image.open(path) for path in sorted((p / "turned").iterdir())], [("0", "a")]),
     "tuple of images": (lambda p: tuple(images(p, "a")), [("0", "a")]),
     "video file": (lambda p: p / "film.mkv", [("film", "film")]),
     "its frames": (lambda p: np.stack([simplejpeg.decode_jpeg(data) for data in film_as_jpeg()]), [("0", "film")]),
@@ -187,6 +193,17 @@ def test_eight_threads_share_one_model(place: Path, model: Classifier) -> None:
             for videos, single in zip(found, alone, strict=True):
                 assert [v.name for v in videos] == [v.name for v in single]
                 assert all(np.array_equal(v.logits, w.logits) for v, w in zip(videos, single, strict=True))
+
+
+def test_one_pass_at_a_time(place: Path, model: Classifier) -> None:
+    held: list[bool] = []
+    hook = model.model.register_forward_pre_hook(lambda *_: held.append(model.scorer.lock.locked()))
+    try:
+        model.predict(place / "test", views="1x1")
+        model(torch.zeros(1, 4, 3, 16, 16))
+    finally:
+        hook.remove()
+    assert held == [True, True]
 
 
 def test_loader_processes_give_the_same(place: Path, model: Classifier) -> None:

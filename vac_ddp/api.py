@@ -222,10 +222,11 @@ def load(run: str | os.PathLike[str], *settings: str, device: str | torch.device
 def _open(run: str | os.PathLike[str]) -> tuple[Source, Config]:
     """Weights, classes and settings of what `load` takes."""
     path = Path(run).expanduser()
+    own = path.is_dir() and any(path.glob("best_*.pt"))
     hub = isinstance(run, str) and not path.exists() and HUB_ID.fullmatch(run)
-    if hub or (path / "config.json").is_file():
+    if hub or (not own and (path / "config.json").is_file()):
         return open_foreign(str(run))
-    if path.is_dir() and not any(path.glob("best_*.pt")):
+    if path.is_dir() and not own:
         if (path / SETTINGS).exists():
             raise UserError(f"{path} has an ONNX model alone (no config.json): load the run that it was exported from")
         raise UserError(f"{path} has no best_<model>.pt: give a run that has been validated, or that file")
