@@ -28,6 +28,7 @@ ELSEWHERE = {
     ".venv/bin/pip install": "changes the environment; launch/check_package.sh installs into an empty one",
     "git clone": "tests/test_package.py builds in a clean copy",
     "source .venv/bin/activate": "the environment of launch/environment.sh",
+    "vac bundle": "needs the network: tests/test_bundle.py runs it on a small index",
     "wandb login": "asks for a key",
     "wandb sync": "uploads",
     "tensorboard --logdir": "a server that does not end; tests/test_services.py reads its files back",

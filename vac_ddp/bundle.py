@@ -217,6 +217,6 @@ def _pip(*words: str) -> None:
     why = (
         "the package index cannot be reached"
         if network
-        else (lines or done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+        else (lines or done.stderr.splitlines() or [f"exit status {done.returncode}"])[0]
     )
     raise UserError(f"pip {words[0]} failed: {why}")

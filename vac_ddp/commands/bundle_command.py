@@ -10,6 +10,7 @@ from vac_ddp.bundle import Target, make_bundle, source_tree, verify_bundle
 from vac_ddp.errors import DONE, FINDINGS
 
 HAS_TORCH = ("torch", "torchvision")
+SHOWN = 10  # files
 
 
 def main(argv: list[str]) -> int:
@@ -47,8 +48,11 @@ def main(argv: list[str]) -> int:
         dependencies=not options.no_deps,
     )
     made = make_bundle(options.out, source=source_tree(options.source), weights=options.weights, target=target)
-    for name, size in sorted(made.sizes.items(), key=lambda item: -item[1]):
+    sizes = sorted(made.sizes.items(), key=lambda item: -item[1])
+    for name, size in sizes[:SHOWN]:
         print(f"  {size / 1e6:8.1f} MB  {name}")
+    if rest := [size for _, size in sizes[SHOWN:]]:
+        print(f"  {sum(rest) / 1e6:8.1f} MB  {len(rest)} smaller files")
     (wheels, wheel_bytes), (weights, weight_bytes) = made.total("wheels"), made.total("weights")
     print(
         f"{options.out}: {wheels} wheels, {wheel_bytes / 1e6:.1f} MB; {weights} files of weights, "
