@@ -24,7 +24,7 @@ from vac_ddp.training.step import Stepper
 SKIPPED = 2  # first steps of a start: they compile, allocate, and wait for the first batches
 MEASURED = 20  # steps whose mean duration counts; fewer where they take more than `MEASURING` of the limit
 MEASURING = 0.05
-RESERVE, LEAST_RESERVE_S = 0.1, 15.0  # for a restart, steps that become slower, and the report
+RESERVE, LEAST_RESERVE_S = 0.05, 15.0  # for a restart, steps that become slower, and the report
 WRITTEN_PER_S = 100e6  # bytes of the last checkpoint and the best weights
 
 
