@@ -159,8 +159,8 @@ def test_where_not_even_an_epoch_fits(place: Workplace) -> None:
     assert end <= 2
     assert [line["step"] for line in place.lines("tiny", "epoch")] == [end]
     assert (place.folder / "tiny" / "best_videomae.pt").exists()
-    # Steps of 30 s in 4 minutes: two are a quarter of it, 63 s. The validation of 6 clips is estimated as 2 steps; of the
-    # other 102 s (15 are reserved) 3 steps take 90.
+    # Steps of 30 s in 4 minutes: two are a quarter of it, 63 s spent. 15 s are reserved, the validation of 6 clips is
+    # estimated as 2 steps: of the other 102 s 3 steps take 90.
     end = train(place, "few", *WORDS, "train.max_minutes=4", clock=Clock(3, step=30.0))
     assert end == 5 and "5 total steps" in log(place, "few")
     assert [line["step"] for line in place.lines("few", "epoch")] == [end]

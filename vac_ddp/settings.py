@@ -280,7 +280,7 @@ class TrainSettings:
     max_minutes: float | None = setting(
         None,
         "time limit of the whole run, earlier starts included: the number of steps is fixed after the first measured "
-        "ones, train.epochs and train.max_steps are its upper bound",
+        "ones, epochs and max_steps are its upper bound",
         above=0,
         high=10**6,
     )
