@@ -25,7 +25,7 @@ SKIPPED = 2  # first steps of a start: they compile, allocate, and wait for the 
 MEASURED = 20  # steps whose mean duration counts; fewer where they take more than `MEASURING` of the limit
 MEASURING = 0.05
 RESERVE, LEAST_RESERVE_S = 0.05, 15.0  # for a restart, steps that become slower, and the report
-WRITTEN_PER_S = 100e6  # bytes of the last checkpoint and the best weights
+WRITTEN_PER_S, END_S = 100e6, 5.0  # bytes of the last checkpoint and the best weights; report, end of the processes
 
 
 def process_seconds() -> float:
@@ -71,7 +71,7 @@ class TimeLimit:
     """The time of a run, on every rank; only rank 0 looks at its clock.
 
     before_s: spent by earlier starts, up to their checkpoint; total_steps: as decided; ends: the longest end of an
-    epoch so far without and with a validation; final_s: writing the last files.
+    epoch so far without and with a validation; final_s: writing the last files, and the report.
     """
 
     limit_s: float
@@ -206,5 +206,5 @@ def make_time_limit(
         # A view costs no more than a training clip with as many tokens.
         validation_clips=validation_videos * views_per_video / train.global_batch / train.keep_tokens,
         device=stepper.device,
-        final_s=sum(p.numel() for p in stepper.model.parameters()) * 20 / WRITTEN_PER_S,
+        final_s=sum(p.numel() for p in stepper.model.parameters()) * 20 / WRITTEN_PER_S + END_S,
     )
