@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,6 +258,8 @@ def test_results_read_well(place: Path, model: Classifier) -> None:
     assert repr(first) == f"Prediction(name='a', label={first.label!r}, probability={first.probability:.4f})"
     label, probability = first.top[0]
     assert (label, probability) == (first.label, first.probability)
+    again = pickle.loads(pickle.dumps(found))
+    assert ([repr(video) for video in again], again.notes) == ([repr(video) for video in found], found.notes)
     told = json.loads(json.dumps(found.to_dict()))
     assert [video["name"] for video in told] == list(NAMES)
     assert told[0] == {
@@ -471,3 +475,9 @@ def test_the_package_shows_what_it_has() -> None:
     for name in shown:
         thing = getattr(vac_ddp, name)
         assert name == "__version__" or (thing.__doc__ or "").strip(), name
+    for call, names in (
+        (vac_ddp.load, ["run", "settings", "device"]),
+        (Classifier.predict, ["self", "x", "top", "views", "workers"]),
+        (Classifier.embed, ["self", "x", "views", "steps", "workers"]),
+    ):
+        assert list(inspect.signature(call).parameters) == names

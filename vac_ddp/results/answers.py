@@ -23,7 +23,7 @@ class ClassProbability(NamedTuple):
     probability: float
 
 
-@dataclass(kw_only=True, repr=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Prediction:
     """The prediction for one video.
 
@@ -65,7 +65,7 @@ class Prediction:
         }
 
 
-@dataclass(kw_only=True, repr=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Embedding:
     """The encoder's features of one video.
 
