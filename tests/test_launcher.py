@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_what_cannot_be_used_is_a_user_error(place: Workplace, capfd: pytest.Cap
 
 
 @pytest.mark.fault
-def test_the_stop_button_saves_and_the_same_call_resumes(
+def test_the_stop_button_saves_and_a_copy_of_the_run_resumes(
     place: Workplace, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C after the first epoch; the ranks are gone when KeyboardInterrupt comes."""
@@ -92,9 +93,10 @@ def test_the_stop_button_saves_and_the_same_call_resumes(
     assert no_orphans(place) == []
     step = json.loads((place.folder / "stopped" / "interrupted.json").read_text())["step"]
     assert 4 <= step < 12
-    result = vac_ddp.run_training(place.folder / "tiny.yaml", given | {"run.resume": "auto"}, nproc=2)
-    assert result.step == 12
-    assert_same_end(place, whole, "stopped")
+    shutil.copytree(place.folder / "stopped", place.folder / "copied")  # as from an earlier session's output
+    again = {"run.resume": "auto", "run.dir": place.folder / "copied"}
+    assert vac_ddp.run_training(place.folder / "tiny.yaml", given | again, nproc=2).step == 12
+    assert_same_end(place, whole, "copied")
 
 
 @pytest.mark.fault

@@ -76,7 +76,9 @@ def make_weights(folder: Path) -> None:
 
 @pytest.mark.docs
 def test_from_an_empty_folder_to_a_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    import nbclient  # with ipykernel in the extra `test`
+    import nbformat
+
     given, working = tmp_path / "input", tmp_path / "working"
     working.mkdir()
     make_videos(given / "data_train", videos=8)
