@@ -214,7 +214,8 @@ import pwd, os
 def nobody(user): raise KeyError(user)
 pwd.getpwuid = nobody
 from pathlib import Path
-from vac_ddp.data.index import cache_path, open_index
+from vac_ddp.data.index import open_index
+from vac_ddp.data.index_file import cache_path
 from vac_ddp.settings import DataSettings
 print(cache_path(Path({str(root)!r}), labelled=True, settings=DataSettings()))
 print(open_index({str(root)!r}, labelled=True, settings=DataSettings()).frame_counts.sum())

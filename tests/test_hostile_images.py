@@ -21,7 +21,7 @@ from tests.runs import Workplace
 from tests.support import REPO, environment
 from vac_ddp.data import decode as decode_module
 from vac_ddp.data.decode import DamagedFrame, decode_frame, frame_size, plain_jpeg_size
-from vac_ddp.data.scan import decodes
+from vac_ddp.data.video_scan import decodes
 
 RGB = Image.fromarray(picture(40, 56))
 DISGUISED = ("EPS", "PDF", "ICO", "PCX", "TGA", "JPEG2000", "PPM", "TIFF", "DDS", "SGI")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.support import shared
 from vac_ddp.data import scan as scanning
+from vac_ddp.data import scan_freshness as freshness
 from vac_ddp.data.frame_names import FrameNames, Texts, join_frames, natural_key, pack_runs, runs_of
-from vac_ddp.data.index import Index, _contents, cache_path, open_index
-from vac_ddp.data.index_file import read_scan
+from vac_ddp.data.index import Index, _contents, open_index
+from vac_ddp.data.index_file import cache_path, read_scan
 from vac_ddp.errors import UserError
 from vac_ddp.settings import DataSettings
 
@@ -285,8 +286,8 @@ def test_a_folder_without_videos(tmp_path: Path, data: DataSettings) -> None:
     assert "single class (run)" in fails(tmp_path / "one")
     video(tmp_path / "flat" / "v1", frames(2))
     assert "one folder level is missing" in fails(tmp_path / "flat")
-    video(tmp_path / "raw" / "run", ["a.avi"])
-    assert "vac extract" in fails(tmp_path / "raw")
+    video(tmp_path / "raw", ["a.avi"])
+    assert "video files (one folder level is missing)" in fails(tmp_path / "raw")
     tree(tmp_path / "deep")
     assert "expected <video>/*.jpg" in fails(tmp_path / "deep", labelled=False)
 
@@ -413,12 +414,12 @@ def test_only_rescan_looks_at_every_video(tmp_path: Path, data: DataSettings, mo
     scan = read_scan(cache_path(root, labelled=False, settings=data))
     assert scan is not None
     looked: list[str] = []
-    real = scanning.mtime_of
-    monkeypatch.setattr(scanning, "mtime_of", lambda path: looked.append(path) or real(path))
-    assert scanning.unchanged(scan, every=False)
+    real = freshness.mtime_of
+    monkeypatch.setattr(freshness, "mtime_of", lambda path: looked.append(path) or real(path))
+    assert freshness.unchanged(scan, every=False)
     assert len(looked) == 1 + 256
     looked.clear()
-    assert scanning.unchanged(scan, every=True)
+    assert freshness.unchanged(scan, every=True)
     assert len(looked) == 1 + 400
     video(root / "0123", frames(1))
     data.rescan = True

@@ -132,7 +132,7 @@ def run_probe(config: Config, session: Session, device: torch.device) -> None:
     from vac_ddp.runtime import distributed
     from vac_ddp.training.data_setup import read_data
 
-    data = read_data(config, session.folder, resumed=False, say=session.tracker.say)
+    data = read_data(config, session.folder, resumed=False, say=session.tracker.say, keep_frames=False)
     given = _given_features(config, data, device)
     session.begin()
     session.stop.restore()  # an embedding takes the signals over for its own time

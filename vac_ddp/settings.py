@@ -49,7 +49,9 @@ def setting(default: Any, meaning: str, **bounds: float) -> Any:
 class DataSettings:
     """Where the frames are, how they are split and read."""
 
-    train: str = setting("data_train", "folder <class>/<video>/*.jpg, a packed data set, or a CSV (path,label)")
+    train: str = setting(
+        "data_train", "folder <class>/<video>/*.jpg or <class>/*.mp4, a packed data set, or a CSV (path,label)"
+    )
     val: str | None = setting(None, "validation data in the same forms; without it a part of `train` is held out")
     val_fraction: float = setting(
         0.2, "share of each class held out for validation; 0 trains on everything", low=0, below=1
@@ -71,7 +73,21 @@ class DataSettings:
     on_bad_video: Literal["error", "skip"] = setting("error", "a training video without any good frame")
     max_damaged: float = setting(0.05, "share of damaged frames above which training is refused", low=0, high=1)
     rescan: bool = setting(False, "check the whole tree against the cached index, not a sample of it")
-    cache: str | None = setting(None, "folder of cached indexes; default: ~/.cache/vac_ddp")
+    cache: str | None = setting(
+        None, "folder of cached indexes and of the frames of video files; default: ~/.cache/vac_ddp"
+    )
+    cache_gb: float = setting(
+        20.0, "size limit of the cached frames of video files, in GB; the others are decoded in every epoch", low=0
+    )
+    cache_format: Literal["jpeg", "png"] = setting(
+        "jpeg", "frames of video files become JPEGs of quality 95, or lossless PNGs of about 5 times the size"
+    )
+    video_short_side: int | None = setting(
+        None,
+        "larger frames of video files are shrunk to this short side, in pixels; default: twice clip.size",
+        low=1,
+        high=16384,
+    )
     balance: Literal["none", "class"] = setting("none", "class: draw every class equally often")
     limit: int | None = setting(None, "use only so many videos of each part (a quick look, --debug)", low=1, high=10**9)
     workers: int | None = setting(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.image_files import claiming, encode, peak_mib
 from vac_ddp.data.decode import DamagedFrame, decode_frame, decode_plain_jpeg, frame_size, plain_jpeg_size
-from vac_ddp.data.scan import decodes
+from vac_ddp.data.video_scan import decodes
 
 LIMIT = 2 << 30
 SIZES = (0, 1, 2, 255, 4096, 7000, 16383, 16384, 50000, 65500, 65535, 1 << 24, (1 << 31) - 1, (1 << 32) - 1)

@@ -13,8 +13,9 @@ from vac_ddp.audit.inspection import Inspection, inspect_all
 from vac_ddp.audit.shortcuts import nearest_neighbour
 from vac_ddp.data.grouping import find_sources
 from vac_ddp.data.index import Index, open_as_it_is
-from vac_ddp.data.scan import GOOD, STATES, Scan
+from vac_ddp.data.scan import Scan
 from vac_ddp.data.split import Split, leak_share, make_split, random_split
+from vac_ddp.data.video_scan import GOOD, STATES
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
 

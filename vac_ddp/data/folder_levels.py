@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from vac_ddp.data.scan import IMAGE_SUFFIXES
+from vac_ddp.data.video_scan import is_video_file
 
 _LOOKS = 8  # folders of each level that are looked into
 _DEEPEST = 5
@@ -32,7 +33,10 @@ def better_roots(root: Path, *, labelled: bool) -> list[Path]:
 
 
 def frames_below(folder: str, deepest: int = _DEEPEST) -> int | None:
-    """How many levels of folders lie between `folder` and the nearest images in it; None: there are none."""
+    """How many levels of folders lie between `folder` and the nearest images in it; None: there are none.
+
+    A video file is as a folder of images.
+    """
     try:
         names = os.listdir(folder)
     except OSError:
@@ -41,7 +45,8 @@ def frames_below(folder: str, deepest: int = _DEEPEST) -> int | None:
         return 0
     if deepest == 0:
         return None
-    depths = [frames_below(inner, deepest - 1) for inner in _folders(folder)[:_LOOKS]]
+    depths: list[int | None] = [0] if any(is_video_file(n) and not n.startswith(".") for n in names) else []
+    depths += [frames_below(inner, deepest - 1) for inner in _folders(folder)[:_LOOKS]]
     known = [depth for depth in depths if depth is not None]
     return min(known) + 1 if known else None
 

@@ -17,9 +17,10 @@ from PIL import Image
 from vac_ddp.data.data_kind import ONE_VIDEO, kind_of
 from vac_ddp.data.dataset import Videos
 from vac_ddp.data.decode import upright_rgb
+from vac_ddp.data.frame_cache_setup import for_clips
 from vac_ddp.data.frames import Frame
 from vac_ddp.data.index import open_folder, open_index
-from vac_ddp.data.video_frames import Encoding, open_video
+from vac_ddp.data.video_frames import file_encoding, open_video
 from vac_ddp.data.video_reader import need_av
 from vac_ddp.errors import UserError
 from vac_ddp.settings import Config
@@ -138,6 +139,7 @@ def _open(item: Any, where: str, name: str, config: Config, classes: list[str], 
     else:
         known = classes if kind == "labelled" else None
         index = open_index(path, labelled=known is not None, settings=config.data, classes=known, keep=False)
+        index = for_clips(index, config)
     return Given(videos=index, notes=index.notes)
 
 
@@ -146,7 +148,7 @@ def _open_file(path: Path, config: Config, *, alone: bool) -> Given:
     need_av()
     name = escaped(path.stem.lstrip(".") or "video")
     try:
-        film = open_video(path, Encoding(short_side=2 * config.clip.size))
+        film = open_video(path, file_encoding(config.data, config.clip))
     except UserError as error:
         if alone:
             raise

@@ -5,21 +5,23 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from vac_ddp.data import scan as scanning
+from vac_ddp.data import video_scan as states
 from vac_ddp.data.decode import DamagedFrame, decode_frame
 from vac_ddp.data.folder_levels import better_roots, frames_below
+from vac_ddp.data.frame_cache import FrameCache
 from vac_ddp.data.frame_names import FrameNames, Texts, is_plain
-from vac_ddp.data.index_file import read_scan, write_scan
+from vac_ddp.data.index_file import cache_path, read_scan, write_scan
 from vac_ddp.data.pack import PackedFrames, is_pack, read_pack
-from vac_ddp.data.scan import Scan, layout, scan_root, scan_video, unchanged
+from vac_ddp.data.scan import Scan, layout, scan_root, scan_video
+from vac_ddp.data.scan_freshness import unchanged
+from vac_ddp.data.video_scan import without_ending
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_text
 from vac_ddp.settings import DataSettings
@@ -44,7 +46,9 @@ class Index:
     damaged: int = 0  # damaged frames that the scan met: a lower bound
     base: str = ""
     packed: PackedFrames | None = None
-    paths: Texts | None = None  # (V,) names as they are on the disk, where `names` had to be escaped
+    paths: Texts | None = None  # (V,) where they are on the disk, below `base`, where that is not `names`
+    files: np.ndarray | None = None  # (V,) bool: the video is a file, not a folder of frames; None: none is
+    frame_cache: FrameCache = field(default_factory=FrameCache)  # how frames of files are read: `frame_cache_setup`
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,11 +66,17 @@ class Index:
         if self.packed is not None:
             return functools.partial(self.packed.read, video)
         folder = self.folder(video)
+        if self.is_file(video):
+            return self.frame_cache.reader(Path(folder))
         name = self.frames.namer(video)
         return lambda frame: _contents(f"{folder}/{name(frame)}")
 
+    def is_file(self, video: int) -> bool:
+        """Whether the video is a video file."""
+        return self.files is not None and self.packed is None and bool(self.files[video])
+
     def folder(self, video: int) -> str:
-        """The path of the video's folder of frames."""
+        """The path of the video's folder of frames, or of its file."""
         return os.path.join(self.base, (self.names if self.paths is None else self.paths)[video])
 
     def take(self, videos: np.ndarray) -> Index:
@@ -84,6 +94,8 @@ class Index:
             base=self.base,
             packed=None if self.packed is None else self.packed.take(videos),
             paths=None if self.paths is None else self.paths.take(videos),
+            files=None if self.files is None else self.files[videos],
+            frame_cache=self.frame_cache,
         )
 
 
@@ -110,7 +122,8 @@ def open_index(
     cache_file: str | Path | None = None,
     keep: bool = True,
 ) -> Index:
-    """The index of a labelled folder <class>/<video>/*.jpg, a test folder <video>/*.jpg, a CSV, or a packed set.
+    """The index of a labelled folder of <class>/<video>/*.jpg and <class>/*.mp4, a test folder of <video>/*.jpg and
+    *.mp4, a CSV, or a packed set.
 
     The scan is kept under `settings.cache` and used again while the tree is unchanged. With several ranks, rank 0
     calls first and the others, after a barrier, with `scan=False`: they read what it wrote and look at nothing
@@ -148,7 +161,7 @@ def open_as_it_is(
         found, packed = read_pack(root, labelled=labelled)
         return index_of(found, root, packed), found
     found = cached_scan(root, labelled=labelled, settings=settings, scan=scan, cache_file=cache_file, keep=keep)
-    hollow = found.states == scanning.EMPTY
+    hollow = found.states == states.EMPTY
     if scan and root.is_dir() and (hollow.any() if labelled else hollow.all()):
         _check_level(root, labelled=labelled)
     return index_of(found, root), found
@@ -176,13 +189,15 @@ def _one_of(folders: Sequence[Path]) -> str:
 
 def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Index:
     """All videos of a scan as they are, bad ones included. Names and classes are printable from here on."""
-    names = found.names if is_plain(found.names) else Texts.of(map(escaped, found.names))
+    names = found.names if found.files is None else Texts.of(_names_of_videos(found))
+    names = names if is_plain(names) else Texts.of(map(escaped, names))
     return Index(
         root=root,
         classes=list(map(escaped, found.classes)),
         labels=found.labels,
         names=names,
         paths=None if names is found.names else found.names,
+        files=found.files,
         frames=found.frames,
         frame_counts=found.frames.counts,
         notes=[*found.notes, *_stray_notes(root, found)],
@@ -192,24 +207,11 @@ def index_of(found: Scan, root: Path, packed: PackedFrames | None = None) -> Ind
     )
 
 
-def cache_name(root: Path, *, labelled: bool, settings: DataSettings) -> str:
-    """The file name under which the scan of `root` is kept."""
-    where = os.path.realpath(root)
-    pattern = f"\n{settings.frame_pattern}" if settings.frame_pattern else ""
-    key = hashlib.sha256(f"{where}\n{labelled}{pattern}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    return f"index-{key}.npz"
-
-
-def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path | None:
-    """Where the scan of `root` is kept; None: the setting names no folder, and this user has no home."""
-    if settings.cache:
-        folder = Path(settings.cache).expanduser()
-    else:
-        try:
-            folder = Path.home() / ".cache" / "vac_ddp"
-        except RuntimeError:  # no HOME and no passwd entry, as in a container with a user id of its own
-            return None
-    return folder / cache_name(root, labelled=labelled, settings=settings)
+def _names_of_videos(found: Scan) -> Iterator[str]:
+    """The names of a scan's videos, without the endings of those that are files."""
+    assert found.files is not None
+    for name, is_file in zip(found.names, found.files.tolist(), strict=True):
+        yield without_ending(name) if is_file else name
 
 
 def cached_scan(
@@ -276,10 +278,11 @@ def _stray_notes(root: Path, found: Scan) -> list[str]:
 def _checked_test(index: Index, found: Scan, settings: DataSettings) -> Index:
     if not index.frame_counts.any():
         form = f" named {settings.frame_pattern} (data.frame_pattern)" if settings.frame_pattern else ""
+        what = "folders" if index.files is None else "videos"
         raise UserError(
-            f"none of the {len(index)} folders of {index.root} has frames{form} in it: expected <video>/*.jpg"
+            f"none of the {len(index)} {what} of {index.root} has frames{form} in it: expected <video>/*.jpg"
         )
-    bad = np.flatnonzero(found.states != scanning.GOOD)
+    bad = np.flatnonzero(found.states != states.GOOD)
     if len(bad):
         index.notes.append(f"{index.root}: {len(bad)} of {len(index)} test videos have no frames: {_named(found, bad)}")
     return index
@@ -317,7 +320,7 @@ def _check_classes(index: Index, classes: list[str] | None) -> None:
 
 def _without_bad(index: Index, found: Scan, settings: DataSettings, *, keep: bool) -> Index:
     """Refuse videos without a good frame, or leave them out where the user said so and they are few."""
-    bad = np.flatnonzero(found.states != scanning.GOOD)
+    bad = np.flatnonzero(found.states != states.GOOD)
     if len(bad) and settings.on_bad_video == "error":
         raise UserError(
             f"{len(bad)} of {len(index)} videos of {index.root} cannot be used: {_named(found, bad)}"
@@ -334,7 +337,7 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings, *, keep: boo
         index.notes.append(f"{index.root}: {index.damaged} damaged frames were met in looking for a good one a video")
     if not len(bad):
         return index
-    kept = index.take(np.flatnonzero(found.states == scanning.GOOD))
+    kept = index.take(np.flatnonzero(found.states == states.GOOD))
     kept.skipped = [index.names[i] for i in bad]
     left_out = f"{_named(found, bad)}{why_bad(index, found, bad)}"
     kept.notes.append(f"{index.root}: {len(bad)} of {len(index)} videos were left out: {left_out}")
@@ -345,15 +348,17 @@ def _without_bad(index: Index, found: Scan, settings: DataSettings, *, keep: boo
 
 
 def _named(found: Scan, bad: np.ndarray) -> str:
-    return listed([f"{escaped(found.names[i])} ({scanning.STATES[found.states[i]]})" for i in bad], _NAMED)
+    return listed([f"{escaped(found.names[i])} ({states.STATES[found.states[i]]})" for i in bad], _NAMED)
 
 
 def why_bad(index: Index, found: Scan, bad: np.ndarray) -> str:
     """What is wrong with the first frame of the first of the videos `bad` of which none decodes, behind "; "."""
-    video = next((i for i in bad.tolist() if found.states[i] == scanning.DAMAGED), None)
+    video = next((i for i in bad.tolist() if found.states[i] == states.DAMAGED), None)
     if video is None:
-        hollow = found.pattern and (found.states[bad] == scanning.EMPTY).any()
+        hollow = found.pattern and (found.states[bad] == states.EMPTY).any()
         return f"; only files named {found.pattern} count (data.frame_pattern)" if hollow else ""
+    if index.is_file(video):
+        return f"; {escaped(found.names[video])}: {'; '.join(states.look_at(index.folder(video), check=True).faults)}"
     try:
         decode_frame(index.frame_bytes(video, 0), factor=8)
     except DamagedFrame as error:
@@ -373,7 +378,7 @@ def _whole_list(index: Index, found: Scan, bad: np.ndarray, settings: DataSettin
     if kept is None:
         return ""
     path = kept.with_suffix(".bad.txt")
-    lines = [f"{escaped(found.names[i])}\t{scanning.STATES[found.states[i]]}\n" for i in bad]
+    lines = [f"{escaped(found.names[i])}\t{states.STATES[found.states[i]]}\n" for i in bad]
     try:
         write_text(path, "".join(lines))
     except OSError:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NotRequired, TypedDict
 
 import numpy as np
 
 from vac_ddp.data.frame_names import NO_NUMBER, FrameNames, Texts
-from vac_ddp.data.scan import STATES, Scan, Strays
+from vac_ddp.data.scan import Scan, Strays
+from vac_ddp.data.video_scan import STATES
 from vac_ddp.errors import UserError
 from vac_ddp.files import write_atomic
 from vac_ddp.schema import Array, Count, check, mismatch, parse_json, read_npz
+from vac_ddp.settings import DataSettings
 
 VERSION = 1
 _UNKNOWN = "\0"  # pattern of a scan that was made before types of pictures were told apart: it is made again
@@ -60,6 +64,7 @@ class ScanArrays(TypedDict):
     prefixes_at: Annotated[np.ndarray, Array(kind="i8", shape=("S + 1",), low=0)]
     suffixes: Annotated[np.ndarray, Array(kind="u1", shape=("bytes of suffixes",))]
     suffixes_at: Annotated[np.ndarray, Array(kind="i8", shape=("S + 1",), low=0)]
+    files: NotRequired[Annotated[np.ndarray, Array(kind="b1", shape=("V",))]]
 
 
 def write_scan(path: Path, scan: Scan) -> None:
@@ -90,6 +95,8 @@ def dump_scan(stream: BinaryIO, scan: Scan) -> None:
         **_texts("prefixes", frames.prefixes),
         **_texts("suffixes", frames.suffixes),
     }
+    if scan.files is not None:
+        arrays["files"] = scan.files
     np.savez(stream, **arrays)
 
 
@@ -129,6 +136,7 @@ def load_scan(path: Path, *, remedy: str) -> Scan:
         pattern=facts.get("pattern", _UNKNOWN),
         names=Texts(stored["names"], stored["names_at"]),
         frames=frames,
+        files=stored.get("files"),
         **{name: stored[name] for name in ("labels", "states", "damaged", "times")},
     )
 
@@ -163,3 +171,30 @@ def _check_consistent(stored: dict[str, np.ndarray], facts: ScanFacts, path: Pat
 
 def _texts(name: str, texts: Texts) -> dict[str, np.ndarray]:
     return {name: texts.blob, f"{name}_at": texts.offsets}
+
+
+# ---------------------------------------------------------------- where it is kept
+
+
+def cache_name(root: Path, *, labelled: bool, settings: DataSettings) -> str:
+    """The file name under which the scan of `root` is kept."""
+    where = os.path.realpath(root)
+    pattern = f"\n{settings.frame_pattern}" if settings.frame_pattern else ""
+    key = hashlib.sha256(f"{where}\n{labelled}{pattern}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return f"index-{key}.npz"
+
+
+def cache_path(root: Path, *, labelled: bool, settings: DataSettings) -> Path | None:
+    """Where the scan of `root` is kept; None: the setting names no folder, and this user has no home."""
+    folder = cache_folder(settings)
+    return None if folder is None else folder / cache_name(root, labelled=labelled, settings=settings)
+
+
+def cache_folder(settings: DataSettings) -> Path | None:
+    """Where scans and frames are kept; None: the setting names no folder, and this user has no home."""
+    if settings.cache:
+        return Path(settings.cache).expanduser()
+    try:
+        return Path.home() / ".cache" / "vac_ddp"
+    except RuntimeError:  # no HOME and no passwd entry, as in a container with a user id of its own
+        return None

@@ -1,6 +1,6 @@
 """One pass over a tree of frame folders, or over the folders a CSV names: what is there, as arrays."""
 
-# ruff: noqa: PTH112, PTH116, PTH118, PTH123 - paths stay text: a million Path objects cost more than the reads
+# ruff: noqa: PTH112, PTH116, PTH118 - paths stay text: a million Path objects cost more than the reads
 
 from __future__ import annotations
 
@@ -18,13 +18,24 @@ from vac_ddp.data.frame_names import FrameNames, Run, Texts, join_frames, natura
 from vac_ddp.data.frame_types import matcher, stranger, types_of
 from vac_ddp.data.video_list import SUFFIXES as LIST_SUFFIXES
 from vac_ddp.data.video_list import has_labels, read_list
-from vac_ddp.data.video_reader import SUFFIXES as VIDEO_SUFFIXES
+from vac_ddp.data.video_scan import (
+    DAMAGED,
+    EMPTY,
+    GOOD,
+    MISSING,
+    UNREADABLE,
+    damaged_before_good,
+    frames_of_file,
+    is_video_file,
+    look_at,
+    mtime_of,
+    without_ending,
+)
 from vac_ddp.errors import UserError
+from vac_ddp.text import escaped, listed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SOUND = "audio.wav"  # may lie beside the frames of a video
-GOOD, EMPTY, MISSING, UNREADABLE, DAMAGED = range(5)
-STATES = ("good", "no frames in it", "no such folder", "cannot be read", "no frame decodes")
 
 _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}  # what systems leave behind
 _THREADS = 16  # listing waits for the file system, decoding releases the GIL
@@ -71,10 +82,11 @@ class Scan:
     strays: Strays
     notes: list[str] = field(default_factory=list)  # how a list was read, one line each
     pattern: str | None = None  # of the file names that are frames
+    files: np.ndarray | None = None  # (V,) bool: the video is a file, not a folder of frames; None: none is
 
 
 def scan_root(root: Path, *, labelled: bool, pattern: str | None = None) -> Scan:
-    """Scan a folder of frames or a CSV. Labelled videos are checked to have a frame that decodes.
+    """Scan a folder of videos (folders of frames, or video files) or a CSV. Labelled videos must have a good frame.
 
     pattern: only files of this form are frames. Raises UserError where there is nothing to scan: no such folder, no
     videos, a CSV line without path or label; and where folders hold several types of pictures.
@@ -98,7 +110,7 @@ def scan_video(folder: Path, *, pattern: str | None = None) -> Scan:
 
 
 def looks_labelled(root: Path) -> bool:
-    """Whether a folder is <class>/<video>/*.jpg rather than <video>/*.jpg, or a CSV has labels: by a first look."""
+    """Whether a folder has classes with videos in them rather than videos, or a CSV has labels: by a first look."""
     if root.is_file():
         return has_labels(root)
     deeper = False
@@ -106,7 +118,7 @@ def looks_labelled(root: Path) -> bool:
         below, files = _folders_in(os.path.realpath(root), folder, Strays())
         if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
             return False
-        deeper = deeper or bool(below)
+        deeper = deeper or bool(below) or any(map(is_video_file, files))
     return deeper
 
 
@@ -117,7 +129,7 @@ def layout(labelled: bool) -> str:
 
 def _scan_folder(root: Path, *, labelled: bool, pattern: str | None) -> Scan:
     started, base, strays = time.time_ns(), os.path.realpath(root), Strays()
-    top, files = _folders_in(base, "", strays)
+    top, files = (_videos_in if not labelled else _folders_in)(base, "", strays)
     if not top:
         raise UserError(f"{root} has no folders in it{_instead(files)}: expected {layout(labelled)}")
     watched = {"": _trusted(os.stat(base).st_mtime_ns, started)}
@@ -153,7 +165,7 @@ def class_order(names: Sequence[str]) -> list[str]:
 def _scan_class(base: str, name: str) -> tuple[int, list[str], list[str], Strays]:
     strays = Strays()
     mtime = os.stat(os.path.join(base, name)).st_mtime_ns
-    videos, loose = _folders_in(base, name, strays)
+    videos, loose = _videos_in(base, name, strays)
     return mtime, videos, loose, strays
 
 
@@ -175,9 +187,31 @@ def _folders_in(base: str, below: str, strays: Strays) -> tuple[list[str], list[
     return folders, files
 
 
+def _videos_in(base: str, below: str, strays: Strays) -> tuple[list[str], list[str]]:
+    """Names of the videos in base/below: folders, and video files without a folder of their name; the other files."""
+    seen = Strays()
+    folders, files = _folders_in(base, below, seen)
+    taken = dict.fromkeys(folders, "")
+    loose = []
+    for name in files:
+        video = without_ending(name)
+        if not is_video_file(name) or taken.get(video) == "":  # extracted, and left there
+            loose.append(name)
+        elif video in taken:
+            raise UserError(
+                f"{os.path.join(base, below)}: {taken[video]} and {name} are both the video {video}: rename one of them"
+            )
+        else:
+            taken[video] = name
+    strays.hidden += seen.hidden
+    for name in loose:
+        strays.see(os.path.join(below, name))
+    return [name or video for video, name in taken.items()], loose
+
+
 def _instead(files: list[str]) -> str:
-    if any(name.lower().endswith(VIDEO_SUFFIXES) for name in files):
-        return " but video files (cut them into frames with `vac extract` first)"
+    if any(map(is_video_file, files)):
+        return " but video files (one folder level is missing)"
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
         return " but images (one folder level is missing)"
     return ""
@@ -194,7 +228,6 @@ def _scan_csv(path: Path, *, labelled: bool, pattern: str | None) -> Scan:
     watched = {os.path.realpath(path): _trusted(path.stat().st_mtime_ns, started)}
     base = os.path.realpath(path.parent)
     names, texts, notes = read_list(path, labelled=labelled)
-    _refuse_video_files(path, base, names)
     classes = class_order(list(set(texts))) if labelled else []
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[text] for text in texts] if labelled else [-1] * len(names), np.int64)
@@ -202,17 +235,6 @@ def _scan_csv(path: Path, *, labelled: bool, pattern: str | None) -> Scan:
     found = _scan_videos(task, classes, labels, names, watched, Strays())
     found.notes = [*notes, *found.notes]
     return found
-
-
-def _refuse_video_files(path: Path, base: str, names: list[str]) -> None:
-    files = [
-        name for name in names if name.lower().endswith(VIDEO_SUFFIXES) and not os.path.isdir(os.path.join(base, name))
-    ]
-    if files:
-        raise UserError(
-            f"{path}: {len(files)} of {len(names)} lines name video files, such as {files[0]}: cut them into frames "
-            "with `vac extract` and list the folders of frames"
-        )
 
 
 @dataclass(kw_only=True)
@@ -229,20 +251,28 @@ class _Task:
 def _scan_videos(
     task: _Task, classes: list[str], labels: np.ndarray, names: list[str], watched: dict[str, int], strays: Strays
 ) -> Scan:
+    from tqdm import tqdm
+
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     frames, facts = [], []
+    faulty: list[str] = []
+    any_file = any(map(is_video_file, names))
     mixed: dict[str, dict[str, int]] = {}
     strangers: list[str] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
+    bar = tqdm(total=len(names), desc="read video files", unit="video", disable=None if any_file else True)
+    with ThreadPoolExecutor(_THREADS) as pool, bar:
         for chunk in pool.map(lambda some: _scan_chunk(task, some), chunks):
+            bar.update(len(chunk.facts))
             frames.append(chunk.frames)
             facts.append(chunk.facts)
             strays.add(chunk.strays)
             mixed |= chunk.mixed
             strangers += chunk.strangers
+            faulty += chunk.faulty
     if mixed:
         raise UserError(_mixed_message(task.root, mixed, len(names)))
-    table = np.concatenate([np.zeros((0, 3), np.int64), *facts])
+    table = np.concatenate([np.zeros((0, 4), np.int64), *facts])
+    files = table[:, 3].astype(bool)
     return Scan(
         base=task.base,
         classes=classes,
@@ -254,8 +284,9 @@ def _scan_videos(
         times=np.where(table[:, 2] > task.started - _FRESH_NS, 0, table[:, 2]),
         watched=watched,
         strays=strays,
-        notes=_stranger_notes(task.root, strangers),
+        notes=[*_stranger_notes(task.root, strangers), *_faulty_notes(task.root, faulty)],
         pattern=task.pattern,
+        files=files if files.any() else None,
     )
 
 
@@ -278,53 +309,74 @@ def _stranger_notes(root: Path, strangers: list[str]) -> list[str]:
     ]
 
 
+def _faulty_notes(root: Path, faulty: list[str]) -> list[str]:
+    if not faulty:
+        return []
+    return [
+        f"{root}: {len(faulty)} video files are damaged, and have the frames that decode ({listed(faulty, _EXAMPLES)})"
+    ]
+
+
 @dataclass(kw_only=True)
 class _Chunk:
-    """What some videos are: their frames, rows (state, damaged frames, mtime), and pictures that are no frames."""
+    """What some videos are: frames, rows (state, damaged frames, mtime, is a file), and pictures that are no frames."""
 
     frames: FrameNames
     facts: np.ndarray
     strays: Strays
     mixed: dict[str, dict[str, int]]  # video -> its types of pictures
     strangers: list[str]
+    faulty: list[str]  # video files with what is wrong with them
 
 
 def _scan_chunk(task: _Task, names: list[str]) -> _Chunk:
     runs: list[list[Run]] = []
-    rows, strays, strangers = [], Strays(), []
+    rows, strays, strangers, faulty = [], Strays(), [], []
     mixed: dict[str, dict[str, int]] = {}
     is_frame = matcher(task.pattern)
     for name in names:
         folder = os.path.join(task.base, name)
-        found: list[str] = []
-        state, damaged, mtime = GOOD, 0, -1
-        try:
-            mtime = os.stat(folder).st_mtime_ns
-            found = _frames_in(folder, name, strays, is_frame)
-        except (FileNotFoundError, NotADirectoryError):
-            state = MISSING
-        except OSError:
-            state = UNREADABLE
-        runs.append(runs_of(found))
+        if is_video_file(name) and not os.path.isdir(folder):
+            found = look_at(folder, check=task.check)
+            runs.append(frames_of_file(found.frames))
+            rows.append((found.state, 0, mtime_of(folder), 1))
+            if found.state == GOOD and found.faults:
+                faulty.append(f"{escaped(name)}: {'; '.join(found.faults)}")
+            continue
+        state, mtime, names_found = _list_frames(folder, name, strays, is_frame)
+        damaged = 0
+        runs.append(runs_of(names_found))
         if len(runs[-1]) > 1:
-            if types := types_of(found):
+            if types := types_of(names_found):
                 mixed[name] = types
-            elif odd := stranger(found):
+            elif odd := stranger(names_found):
                 strangers.append(f"{name}/{odd}")
-        if state == GOOD and not found:
-            state = EMPTY
         if state == GOOD and task.check:
-            order = sorted(found, key=natural_key) if len(runs[-1]) > 1 else found
-            damaged = _damaged_before_good(folder, order)
-            state = DAMAGED if damaged == len(found) else GOOD
-        rows.append((state, damaged, mtime))
+            order = sorted(names_found, key=natural_key) if len(runs[-1]) > 1 else names_found
+            damaged = damaged_before_good(folder, order)
+            state = DAMAGED if damaged == len(names_found) else GOOD
+        rows.append((state, damaged, mtime, 0))
     return _Chunk(
         frames=pack_runs(runs),
-        facts=np.array(rows, np.int64).reshape(-1, 3),
+        facts=np.array(rows, np.int64).reshape(-1, 4),
         strays=strays,
         mixed=mixed,
         strangers=strangers,
+        faulty=faulty,
     )
+
+
+def _list_frames(folder: str, name: str, strays: Strays, is_frame: Callable[[str], bool]) -> tuple[int, int, list[str]]:
+    """(state, mtime, frames) of a folder; whether a frame decodes is not looked at."""
+    mtime = -1
+    try:
+        mtime = os.stat(folder).st_mtime_ns
+        found = _frames_in(folder, name, strays, is_frame)
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING, mtime, []
+    except OSError:
+        return UNREADABLE, mtime, []
+    return (GOOD if found else EMPTY), mtime, found
 
 
 def _frames_in(folder: str, name: str, strays: Strays, is_frame: Callable[[str], bool]) -> list[str]:
@@ -340,65 +392,6 @@ def _frames_in(folder: str, name: str, strays: Strays, is_frame: Callable[[str],
     return found
 
 
-def _damaged_before_good(folder: str, frames: Sequence[str]) -> int:
-    """How many of the files `frames` are damaged before one decodes; all if none does."""
-    for number, name in enumerate(frames):
-        try:
-            with open(f"{folder}/{name}", "rb", buffering=0) as stream:
-                data = stream.read()
-        except OSError:
-            continue
-        if decodes(data):
-            return number
-    return len(frames)
-
-
-def decodes(data: bytes) -> bool:
-    """Whether these bytes are a whole image, by the rule of training (`decode_frame`), at 1/8 of the size."""
-    from vac_ddp.data.decode import DamagedFrame, decode_frame
-
-    try:
-        decode_frame(data, factor=8)
-    except DamagedFrame:
-        return False
-    return True
-
-
 def _trusted(mtime: int, started: int) -> int:
     """The mtime, or 0 (which no folder has) where it is too fresh to notice a later change by it."""
     return 0 if mtime > started - _FRESH_NS else mtime
-
-
-def unchanged(scan: Scan, *, every: bool, sample: int = 256) -> bool:
-    """Whether the tree still is as `scan` saw it: its folders, and a sample of the videos, or every one.
-
-    The sample is another one each time. Videos that were bad are looked at again in any case.
-    """
-    if any(mtime_of(os.path.join(scan.base, path)) != mtime for path, mtime in scan.watched.items()):
-        return False
-    count = len(scan.names)
-    some = (
-        np.arange(count) if every or count <= sample else np.random.default_rng().choice(count, sample, replace=False)
-    )
-    with ThreadPoolExecutor(_THREADS) as pool:
-        now = list(pool.map(lambda i: mtime_of(os.path.join(scan.base, scan.names[i])), some.tolist(), chunksize=64))
-        if not np.array_equal(np.array(now, np.int64), scan.times[some]):
-            return False
-        bad = np.flatnonzero(np.isin(scan.states, (UNREADABLE, DAMAGED))).tolist()
-        return all(pool.map(lambda i: _still_bad(scan, i), bad))
-
-
-def mtime_of(path: str) -> int:
-    """The mtime of a folder or file in ns, -1 where there is none."""
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return -1
-
-
-def _still_bad(scan: Scan, video: int) -> bool:
-    folder = os.path.join(scan.base, scan.names[video])
-    if scan.states[video] == UNREADABLE:
-        return not os.access(folder, os.R_OK | os.X_OK)
-    names = scan.frames.names(video)
-    return _damaged_before_good(folder, names) == len(names)

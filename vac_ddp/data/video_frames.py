@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,12 @@ from PIL import Image
 from vac_ddp.data.video_reader import FrameTable, VideoFile, need_av
 from vac_ddp.data.video_stream import DamagedVideo, Picture
 from vac_ddp.errors import UserError, reason
+from vac_ddp.settings import ClipSettings, DataSettings
 
 if TYPE_CHECKING:
     import av
+
+DOES_NOT_DECODE = "its part of the video file does not decode"
 
 _QUALITY = 95
 _REMEMBERED = 4096  # files whose tables a process keeps
@@ -43,6 +47,12 @@ class Encoding:
         return stream.getvalue()
 
 
+def file_encoding(settings: DataSettings, clip: ClipSettings) -> Encoding:
+    """How the frames of video files are encoded for clips: at most twice as large as they are, unless set otherwise."""
+    short_side = 2 * clip.size if settings.video_short_side is None else settings.video_short_side
+    return Encoding(short_side=short_side, image=settings.cache_format)
+
+
 @dataclass(kw_only=True)
 class OpenVideo:
     """One video file: how many frames it has, a function from a frame's number to its image file, and its faults.
@@ -59,7 +69,7 @@ def open_video(path: Path, encoding: Encoding) -> OpenVideo:
     """Open one video file to read its frames in memory, as `read_clip` and `Videos.reader` want them.
 
     The frames are those that decode, in the order shown. `read` gives the bytes of an image that `decode_frame` reads;
-    a prediction takes `Encoding(short_side=2 * clip.size)`. It decodes on demand and holds no more than a frame, is
+    predictions take `file_encoding(config.data, config.clip)`. It decodes on demand and holds no more than a frame, is
     fastest in ascending order, and is not to be shared by threads: they open the file again. Raises UserError where
     nothing of the file decodes, and where PyAV is missing.
     """
@@ -120,9 +130,9 @@ class VideoFrames:
         except OSError:
             raise
         except Exception as error:  # PyAV raises a dozen kinds
-            raise OSError(str(error) if isinstance(error, DamagedVideo) else reason(error)) from error
+            raise OSError(errno.EIO, str(error) if isinstance(error, DamagedVideo) else reason(error)) from error
         if found is None:
-            raise OSError("its part of the video file does not decode")
+            raise OSError(errno.EIO, DOES_NOT_DECODE)
         return found
 
     def _by_seeking(self, frame: int) -> np.ndarray | None:
@@ -177,6 +187,13 @@ class VideoFrames:
                 return self._picture.upright(decoded, self.encoding.short_side)
         self._running = None
         return None
+
+
+def encoded_frames(path: Path, encoding: Encoding) -> Iterator[tuple[int | None, bytes]]:
+    """Yield the time stamp and the image file of every frame that decodes, in the order shown. Raises DamagedVideo."""
+    with Picture(path) as picture:
+        for decoded in picture.decode():
+            yield decoded.pts, encoding.encode(picture.upright(decoded, encoding.short_side))
 
 
 @functools.lru_cache(_REMEMBERED)

@@ -83,32 +83,43 @@ class VideoFile:
     def table(self) -> FrameTable:
         """Find out where the frames are: from the packets of MP4 and Matroska files, else by decoding.
 
-        Raises DamagedVideo where there is no frame.
+        What is wrong goes to `faults`: of packets that are not decoded, those that are missing. Raises DamagedVideo
+        where there is no frame.
         """
-        return self._packet_table() or self._decoded_table(judge=False)
+        listed, faults = self._packet_table()
+        if listed is None or not len(listed):
+            return self._decoded_table()
+        self.faults += faults
+        return listed
 
     def survey(self) -> FrameTable:
         """Find out where the frames that decode are, by decoding all of them; what is wrong goes to `faults`.
 
         Raises DamagedVideo where there is no frame.
         """
-        decoded = self._decoded_table(judge=True)
-        listed = self._packet_table()
+        decoded = self._decoded_table()
+        listed = self.listed()
         if listed is None:
             return decoded
         return listed if len(listed) == len(decoded) else _table([0] * len(decoded), [])
 
-    def _packet_table(self) -> FrameTable | None:
-        """The table by the packets of the file; None where the container does not say when they are shown."""
+    def listed(self) -> FrameTable | None:
+        """Where the frames are by the packets of the file; None where they do not tell, and `table` decodes it."""
+        listed, _ = self._packet_table()
+        return listed if listed is not None and len(listed) else None
+
+    def _packet_table(self) -> tuple[FrameTable | None, list[str]]:
+        """The table by the packets of the file, None where the container does not say when they are shown; faults."""
         with Picture(self.path) as picture:
             packets = [p for p in picture.packets() if p.size] if picture.timed else []
-        timed = [(p.pts, p) for p in packets if p.pts is not None]
-        if not timed:
-            return None
+            timed = [(p.pts, p) for p in packets if p.pts is not None]
+            if not timed:
+                return None, []
+            faults = self._missing(picture)
         shown = sorted(pts for pts, packet in timed if not packet.is_discard)
-        return _table(shown, [pts for pts, packet in timed if packet.is_keyframe])
+        return _table(shown, [pts for pts, packet in timed if packet.is_keyframe]), faults
 
-    def _decoded_table(self, *, judge: bool) -> FrameTable:
+    def _decoded_table(self) -> FrameTable:
         """The table by decoding everything. Raises DamagedVideo where there is no frame."""
         with Picture(self.path) as picture:
             clock = Clock(picture.step)
@@ -118,8 +129,7 @@ class VideoFile:
                 seen.append((frame.pts, frame.key_frame))
             known = [(pts, key) for pts, key in seen if pts is not None]
             intact = not (picture.broken or picture.damaged or picture.lost) and len(known) == len(seen)
-            if judge or not seen:
-                self._judge(picture, clock)
+            self._judge(picture, clock)
         if not seen:
             raise DamagedVideo("; ".join(["no frame decodes", *self.faults]))
         if not intact:
@@ -152,11 +162,7 @@ class VideoFile:
 
     def _judge(self, picture: Picture, clock: Clock) -> None:
         """Note what is wrong with a file that was read to its end."""
-        missing = bytes_missing(self.path)
-        if missing:
-            self.faults.append(missing)
-        if picture.lost:
-            self.faults.append(f"packets that cannot be read: {picture.lost} of {picture.lost + picture.read}")
+        self.faults += self._missing(picture)
         if picture.broken:
             self.faults.append(f"packets that do not decode: {len(picture.broken)} ({picture.broken[0]})")
         if picture.damaged:
@@ -164,6 +170,14 @@ class VideoFile:
         length = picture.duration
         if not self.faults and length is not None and not clock.jumps and clock.end < length * 0.95 - 1.0:
             self.faults.append(f"ends after {clock.end:.1f} of {length:.1f} seconds")
+
+    def _missing(self, picture: Picture) -> list[str]:
+        """What the container has and the file does not, after its last packet was read."""
+        missing = bytes_missing(self.path)
+        faults = [missing] if missing else []
+        if picture.lost:
+            faults.append(f"packets that cannot be read: {picture.lost} of {picture.lost + picture.read}")
+        return faults
 
 
 def write_frames(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vac_ddp.data.dataset import TestViews
+from vac_ddp.data.frame_cache_setup import for_clips
 from vac_ddp.data.index import open_index
 from vac_ddp.data.normalization import normalize
 from vac_ddp.data.pack import is_pack, read_facts
@@ -80,7 +81,7 @@ def _real_clips(root: Path, config: Config) -> Tensor:
     if not root.exists():
         raise UserError(f"{root.name} is not here (--data DIR names another)")
     labelled = bool(read_facts(root)["labelled"]) if is_pack(root) else looks_labelled(root)
-    index = open_index(root, labelled=labelled, settings=config.data)
+    index = for_clips(open_index(root, labelled=labelled, settings=config.data), config)
     good = np.flatnonzero(index.frame_counts > 0)
     if not len(good):
         raise UserError(f"{root.name} has no video with frames")

@@ -19,7 +19,11 @@ from vac_ddp.version import installed
 FORMAT = "2"
 RECORDED_AT_FIRST = ("weights", "data", "precision")
 SETTINGS = ("clip.", "predict.views.", "data.reduced_decode", "data.frame_pattern", "predict.compile")
-LATER = ("predict.keep_tokens",)  # settings of a later version: recorded where they are not the default
+LATER = (
+    "predict.keep_tokens",
+    "data.cache_format",
+    "data.video_short_side",
+)  # settings of a later version: recorded where they are not the default
 SAMPLED = 100  # videos of which a frame is hashed
 LIBRARIES = ("torch", "simplejpeg", "pillow", "pillow-simd", "torchvision")  # they compute, decode or resample
 

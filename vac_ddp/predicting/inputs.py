@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vac_ddp.data.frame_cache_setup import for_clips
 from vac_ddp.data.grouping import known_sources
-from vac_ddp.data.index import Index, cache_name, open_index
+from vac_ddp.data.index import Index, open_index
+from vac_ddp.data.index_file import cache_name
 from vac_ddp.data.split import read_split
 from vac_ddp.errors import UserError
 from vac_ddp.predicting.part_files import FOLDER
@@ -21,7 +23,7 @@ def read_index(root: Path, config: Config, classes: list[str] | None, out: Path,
     """
 
     def read() -> Index:
-        return open_index(
+        index = open_index(
             root,
             labelled=labelled,
             settings=config.data,
@@ -29,6 +31,7 @@ def read_index(root: Path, config: Config, classes: list[str] | None, out: Path,
             scan=distributed.is_main(),
             cache_file=out / FOLDER / cache_name(root, labelled=labelled, settings=config.data),
         )
+        return for_clips(index, config)
 
     return distributed.main_first(read, read)
 

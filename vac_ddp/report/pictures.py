@@ -12,6 +12,7 @@ from PIL import Image
 
 from vac_ddp import config as settings_io
 from vac_ddp.data.decode import DamagedFrame, decode_frame
+from vac_ddp.data.frame_cache_setup import for_clips
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.errors import UserError
 from vac_ddp.report import plots
@@ -33,7 +34,8 @@ def frame_strips(run: Path) -> Strip:
     try:
         config = settings_io.read_yaml(run / "config.yaml")
         classes = read_classes(run) if config.data.val else None
-        index = open_index(config.data.val or config.data.train, labelled=True, settings=config.data, classes=classes)
+        root = config.data.val or config.data.train
+        index = for_clips(open_index(root, labelled=True, settings=config.data, classes=classes), config)
     except (UserError, OSError, ValueError) as error:
         print(f"no frames in the report: {error}", file=sys.stderr)
         return lambda name: None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vac_ddp.data import synthetic
+from vac_ddp.data.frame_cache_setup import for_clips
 from vac_ddp.data.index import Index, open_index
 from vac_ddp.data.split import Split, make_split, read_split, split_rows, write_split
 from vac_ddp.errors import UserError
@@ -33,15 +34,22 @@ class Data:
         return self.index.classes
 
 
-def read_data(config: Config, folder: Path, *, resumed: bool, say: Callable[[str], None]) -> Data:
-    """Index and split. Rank 0 scans (or reads the cached index), the others read what it wrote."""
+def read_data(
+    config: Config, folder: Path, *, resumed: bool, say: Callable[[str], None], keep_frames: bool = True
+) -> Data:
+    """Index and split. Rank 0 scans (or reads the cached index), the others read what it wrote.
+
+    keep_frames: the frames of video files are kept in the cache, for the next epochs.
+    """
     first = distributed.is_main()
 
     def read() -> Data:
-        index = _index(config, config.data.train, folder / "index.cache", None, scan=first)
+        index = _index(config, config.data.train, folder / "index.cache", None, scan=first, keep=keep_frames)
         val = index
         if config.data.val:
-            val = _index(config, config.data.val, folder / "index.val.cache", index.classes, scan=first)
+            val = _index(
+                config, config.data.val, folder / "index.val.cache", index.classes, scan=first, keep=keep_frames
+            )
         table = folder / "split.csv"
         if not first or (resumed and table.exists()):
             split = read_split(table, index)
@@ -114,8 +122,9 @@ def data_hashes(data: Data) -> dict[str, str]:
     return {"classes": classes.hexdigest(), "split": split.hexdigest(), "frames": frames.hexdigest()}
 
 
-def _index(config: Config, root: str, cache: Path, classes: list[str] | None, *, scan: bool) -> Index:
-    return open_index(root, labelled=True, settings=config.data, classes=classes, scan=scan, cache_file=cache)
+def _index(config: Config, root: str, cache: Path, classes: list[str] | None, *, scan: bool, keep: bool) -> Index:
+    index = open_index(root, labelled=True, settings=config.data, classes=classes, scan=scan, cache_file=cache)
+    return for_clips(index, config, keep=keep, note=scan)
 
 
 def _limited(videos: np.ndarray, limit: int) -> np.ndarray:
