@@ -20,7 +20,8 @@ from vac_ddp.settings import Config, DataSettings
 WITHOUT_EFFECT = {
     "data.train", "data.val", "data.val_fraction", "data.fold", "data.group_by", "data.group_regex", "data.group_csv",
     "data.group_across_classes", "data.official_lists", "data.official_split",  # which videos: in the mark of the data
-    "data.on_bad_video", "data.max_damaged", "data.rescan", "data.cache", "data.balance", "data.limit",
+    "data.on_bad_video", "data.max_damaged", "data.rescan", "data.cache",
+    "data.cache_gb", "data.balance", "data.limit",
     "data.workers", "data.prefetch", "predict.clips_per_gpu", "predict.save_every",
     "predict.average", "predict.answer",  # applied to the logits when they are read
 }  # fmt: skip
