@@ -62,6 +62,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exif[0x0112] = 6
         Image.open(path).transpose(Image.Transpose.ROTATE_90).save(folder / "turned" / path.name, exif=exif)
     write_film(folder / "film.mkv")
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "film.mkv").symlink_to(folder / "film.mkv")
+    (folder / "mixed" / "a").symlink_to(folder / "test" / "a")
     (folder / "list.csv").write_text("test/c\ntest/a\n")
     return folder
 
@@ -133,6 +136,7 @@ FORMS: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str]]]] = {  # x, 
     "turned images": (lambda p: [Image.open(path) for path in sorted((p / "turned").iterdir())], [("0", "a")]),
     "tuple of images": (lambda p: tuple(images(p, "a")), [("0", "a")]),
     "video file": (lambda p: p / "film.mkv", [("film", "film")]),
+    "folder of files and folders": (lambda p: p / "mixed", [("a", "a"), ("film", "film")]),
     "its frames": (lambda p: np.stack([simplejpeg.decode_jpeg(data) for data in film_as_jpeg()]), [("0", "film")]),
     "list of files": (lambda p: [p / "film.mkv", p / "test" / "a"], [("film", "film"), ("a", "a")]),
     "list of paths": (lambda p: [p / "test" / "c", str(p / "test" / "a")], [("c", "c"), ("a", "a")]),
@@ -171,6 +175,18 @@ def test_every_form_gives_the_logits_of_vac_predict(
         assert (video.label, video.top[0].label) == (CLASSES[best], CLASSES[best])
         assert video.probability == pytest.approx(float(shares[best] / shares.sum()), abs=1e-5)
         assert (len(video.top), video.failed, video.faults) == (2, False, [])
+
+
+def test_without_loss_a_video_file_gives_the_logits_of_its_pixels(place: Path) -> None:
+    model = vac_ddp.load(place / "run", "data.cache_format=png", device="cpu")
+    pixels = film_frames()
+    forms = [pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2), list(map(Image.fromarray, pixels))]
+    found = model.predict([place / "film.mkv", place / "mixed", *forms])
+    assert [video.name for video in found] == [f"{place}/film.mkv", "a", f"{place}/mixed/film", "2", "3", "4"]
+    films = [video.logits for video in found if video.name != "a"]
+    assert all(np.abs(logits - films[-1]).max() <= 1e-5 for logits in films)
+    (lossy,) = vac_ddp.load(place / "run", device="cpu").predict(place / "film.mkv")
+    assert np.abs(lossy.logits - films[-1]).max() > 1e-4
 
 
 def test_videos_differ(wanted: dict[str, np.ndarray]) -> None:

@@ -146,8 +146,8 @@ def _recipe(card: Card) -> str:
 
 def settings_to_use(config: Config) -> str:
     """The settings that turn a video into the model's answer, as YAML: clips, model, views; without paths."""
-    reading = {"data": {"reduced_decode": config.data.reduced_decode}, "train": {"precision": config.train.precision}}
-    return _as_yaml(_groups(config, _USE) | reading)
+    data = {name: getattr(config.data, name) for name in ("reduced_decode", "cache_format", "video_short_side")}
+    return _as_yaml(_groups(config, _USE) | {"data": data, "train": {"precision": config.train.precision}})
 
 
 def _groups(config: Config, names: Sequence[str]) -> dict[str, Any]:
