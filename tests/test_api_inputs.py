@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -320,6 +321,21 @@ def test_damage_is_named_and_every_video_gets_an_answer(place: Path, model: Clas
     assert [video.faults == half.faults for video in again] == [False, False, False]  # named by its path here
     assert [len(video.faults) for video in again] == [1, 0, 1]
     np.testing.assert_allclose(again[0].logits, half.logits, rtol=0, atol=1e-5)
+
+
+def test_a_damaged_file_ends_no_other_videos_work(place: Path, model: Classifier, tmp_path: Path) -> None:
+    data = (place / "film.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 2 // 3])
+    (tmp_path / "page.mp4").write_bytes(b"<!DOCTYPE html>")
+    cut, page, whole = model.predict([tmp_path / "cut.mkv", tmp_path / "page.mp4", place / "film.mkv"])
+    assert (cut.failed, page.failed, whole.failed, whole.faults) == (False, True, False, [])
+    assert cut.faults
+    assert len(page.faults) == 1
+    assert "page.mp4 cannot be read as a video" in page.faults[0]
+    with pytest.raises(UserError, match=re.escape(page.faults[0])):
+        model.predict(tmp_path / "page.mp4")
+    (alone,) = model.predict(tmp_path / "cut.mkv")
+    assert (alone.faults, alone.logits.tolist()) == (cut.faults, cut.logits.tolist())
 
 
 ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
