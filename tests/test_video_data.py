@@ -21,6 +21,7 @@ from vac_ddp.commands.pack_command import main as pack_main
 from vac_ddp.data import frame_cache
 from vac_ddp.data.data_kind import kind_of
 from vac_ddp.data.dataset import TestViews, TrainClips
+from vac_ddp.data.decode import frame_size
 from vac_ddp.data.frame_cache import FrameCache
 from vac_ddp.data.frame_cache_setup import for_clips
 from vac_ddp.data.index import Index, open_index
@@ -29,6 +30,7 @@ from vac_ddp.data.scan import looks_labelled
 from vac_ddp.data.split import make_split
 from vac_ddp.data.video_frames import Encoding, VideoFrames
 from vac_ddp.data.video_reader import VideoFile
+from vac_ddp.doctor.machine_rates import sample_video_files
 from vac_ddp.embed import main as embed_main
 from vac_ddp.errors import UserError
 from vac_ddp.predict import main as predict_main
@@ -397,6 +399,12 @@ def test_audit_pack_embed_and_probe_take_files(place: Path, tmp_path: Path, caps
     assert found[0].ids == found[1].ids and found[0].groups == found[1].groups
     np.testing.assert_array_equal(found[0].pooled, found[1].pooled)
     capsys.readouterr()
+
+
+def test_the_doctor_samples_files(place: Path, tmp_path: Path) -> None:
+    frames = sample_video_files(place / "videos", tmp_path, Config(clip=CLIP))
+    assert len(frames) == len(list(tmp_path.iterdir())) > 40
+    assert {frame_size(path.read_bytes()) for path in frames} == {(40, 48)}
 
 
 @pytest.mark.fault

@@ -27,6 +27,7 @@ from vac_ddp.doctor.machine_rates import (
     make_sample,
     read_rate,
     sample_frames,
+    sample_video_files,
 )
 from vac_ddp.errors import UserError
 from vac_ddp.models import VideoModel, build_model
@@ -131,7 +132,7 @@ def examine(config: Config, say: Callable[[str], None]) -> Measured:
     name = torch.cuda.get_device_name(device) if cuda else "no GPU"
     say(f"{'machine':<22} {cores} cores, {ranks if cuda else 0} GPUs ({name}); torch {torch.__version__}")
     say(f"{'decoders':<22} simplejpeg {installed('simplejpeg')} for JPEG, {pillow_name()} for the rest")
-    frames, read = _sampled_frames(Path(config.data.train), say)
+    frames, read = _sampled_frames(Path(config.data.train), config, say)
     size = float(np.mean([len(data) for data in frames]))
     processes = max(1, min(cores, workers * ranks))
     one, every = decode_rate_together(frames, config, 1), decode_rate_together(frames, config, processes)
@@ -172,11 +173,13 @@ def examine(config: Config, say: Callable[[str], None]) -> Measured:
     )
 
 
-def _sampled_frames(root: Path, say: Callable[[str], None]) -> tuple[list[bytes], float]:
+def _sampled_frames(root: Path, config: Config, say: Callable[[str], None]) -> tuple[list[bytes], float]:
     """Files of some frames of `root` that decode, or synthetic ones; and the bytes a second of reading them."""
     with tempfile.TemporaryDirectory() as folder:
         paths = sample_frames(root) if root.is_dir() else []
         where = f"{len(paths)} frames of {root}" if paths else f"made frames ({root} has none)"
+        if not paths and (paths := sample_video_files(root, Path(folder), config)):
+            where = f"{len(paths)} frames of the video files of {root}, as they are cached"
         paths = paths or make_sample(Path(folder))
         read = read_rate(paths)
         frames = [path.read_bytes() for path in paths]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,6 +22,8 @@ import torch
 from vac_ddp.data.augment import draw_crop_box
 from vac_ddp.data.frames import read_clip
 from vac_ddp.data.scan import IMAGE_SUFFIXES
+from vac_ddp.data.video_frames import encoded_frames, file_encoding
+from vac_ddp.data.video_scan import is_video_file
 from vac_ddp.runtime import distributed
 from vac_ddp.settings import Config
 
@@ -40,6 +44,24 @@ def sample_frames(root: Path) -> list[Path]:
         if looked > LOOKED_AT or len(seen) > 8 * SAMPLE:
             break
     return seen[:: max(1, len(seen) // SAMPLE)][:SAMPLE]
+
+
+def sample_video_files(root: Path, folder: Path, config: Config) -> list[Path]:
+    """Frames of some video files below `root`, written to `folder` as the cache keeps them; none where none decodes."""
+    files: list[Path] = []
+    for parent, folders, names in os.walk(root):
+        folders.sort()
+        files += [Path(parent) / name for name in sorted(names)[: SAMPLE // 8] if is_video_file(name)]
+        if len(files) >= SAMPLE:
+            break
+    paths: list[Path] = []
+    for file in files[:: max(1, len(files) // 8)][:8]:
+        frames = encoded_frames(file, file_encoding(config.data, config.clip))
+        with contextlib.suppress(Exception):  # vac audit names damaged files
+            for _, data in itertools.islice(frames, SAMPLE // 8):
+                paths.append(folder / f"{len(paths) + 1:04}")
+                paths[-1].write_bytes(data)
+    return paths
 
 
 def make_sample(folder: Path) -> list[Path]:
