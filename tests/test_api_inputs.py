@@ -88,8 +88,8 @@ def write_film(path: Path) -> None:
 
 
 def film_as_jpeg() -> list[bytes]:
-    """The frames as a prediction has them: JPEGs of quality 95, all colours."""
-    return [simplejpeg.encode_jpeg(frame, quality=95, colorsubsampling="444") for frame in film_frames()]
+    """The frames as a prediction has them: JPEGs, as `vac extract` writes them."""
+    return [simplejpeg.encode_jpeg(frame, quality=90, colorsubsampling="420") for frame in film_frames()]
 
 
 @pytest.fixture(scope="module")

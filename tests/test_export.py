@@ -35,11 +35,13 @@ def make_run(
     clip: ClipSettings = CLIP,
     predict: PredictSettings | None = None,
     data: str = "nowhere",
+    cache_format: str = "jpeg",
     change=None,
 ) -> Path:
     """A run directory with a best checkpoint, as training leaves it."""
     config = Config(clip=clip, model=model, predict=predict or PredictSettings())
     config.data.train, config.optim.lr, config.optim.base_lr = data, 1e-3, None
+    config.data.cache_format = cache_format
     loaded = load_model(model, clip, CLASSES, seed=0)
     with torch.no_grad():
         for parameter in loaded.model.parameters():

@@ -80,7 +80,7 @@ def test_the_code_of_the_card_answers_as_we_do(tmp_path, monkeypatch, views):
     """By transformers and by ONNX Runtime, on frames that are shorter and longer than a clip, and on a video file."""
     pytest.importorskip("onnxruntime")
     clip, predict = VIEWS[views]
-    run = make_run(tmp_path / "run", PLAIN, clip=clip, predict=predict)
+    run = make_run(tmp_path / "run", PLAIN, clip=clip, predict=predict, cache_format="png")
     export(run, tmp_path / "out", Options(onnx=True))
     long = frames_folder(tmp_path / "long", videos=1, frames=23, size=SIZE) / "chew" / "v0"
     short = frames_folder(tmp_path / "short", videos=1, frames=3, size=SIZE) / "chew" / "v0"
@@ -97,13 +97,13 @@ def test_the_code_of_the_card_answers_as_we_do(tmp_path, monkeypatch, views):
             (ours,) = model.predict(video, top=3)
             theirs = scope["classify"](str(video))
             assert sorted(name for name, _ in theirs) == sorted(CLASSES)
-            # Rounding of pixels; a video file is decoded to JPEG frames by us, and directly by the card.
-            assert dict(theirs) == pytest.approx(dict(ours.top), abs=0.02 if video.suffix else 0.01)
+            # Rounding of pixels, and of the conversion of colours.
+            assert dict(theirs) == pytest.approx(dict(ours.top), abs=0.01)
 
 
 def test_the_code_of_the_card_runs_as_printed(tmp_path):
     """As a program of its own, without this package, on a video file and on frames."""
-    run = make_run(tmp_path / "run", PLAIN)
+    run = make_run(tmp_path / "run", PLAIN, cache_format="png")
     export(run, tmp_path / "out")
     (program,) = codes(tmp_path / "out" / "README.md")
     (tmp_path / "out" / "classify.py").write_text(program)

@@ -80,7 +80,8 @@ class DataSettings:
         20.0, "size limit of the cached frames of video files, in GB; the others are decoded in every epoch", low=0
     )
     cache_format: Literal["jpeg", "png"] = setting(
-        "jpeg", "frames of video files become JPEGs of quality 95, or lossless PNGs of about 5 times the size"
+        "jpeg",
+        "frames of video files become JPEGs as vac extract writes them, or lossless PNGs of several times the size",
     )
     video_short_side: int | None = setting(
         None,

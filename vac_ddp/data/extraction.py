@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vac_ddp.data.video_reader import SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
+from vac_ddp.data.video_reader import QUALITY, SUFFIXES, DamagedVideo, VideoFile, need_av, write_frames
 from vac_ddp.errors import UserError
 from vac_ddp.files import sweep_folders, whole_folder, write_json
 from vac_ddp.schema import read_json
@@ -28,7 +28,7 @@ class Options:
 
     rate: float | None = None  # frames per second; None: all frames
     short_side: int | None = None  # pixels; smaller videos keep their size
-    quality: int = 90  # of the JPEGs
+    quality: int = QUALITY  # of the JPEGs
     audio: bool = False  # write audio.wav as well
     keep_damaged: bool = False  # write the frames that decode of a damaged file, instead of refusing it
 
@@ -256,7 +256,6 @@ def _extract(video: VideoFile, folder: Path, options: Options, outcome: Outcome)
             rate=options.rate,
             short_side=options.short_side,
             quality=options.quality,
-            subsampling="420",
         )
         if options.audio:
             video.write_sound(partial / "audio.wav")

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
-from vac_ddp.data.video_reader import FrameTable, VideoFile, need_av
+from vac_ddp.data.video_reader import FrameTable, VideoFile, encode_jpeg, need_av
 from vac_ddp.data.video_stream import DamagedVideo, Picture
 from vac_ddp.errors import UserError, reason
 from vac_ddp.settings import ClipSettings, DataSettings
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 DOES_NOT_DECODE = "its part of the video file does not decode"
 
-_QUALITY = 95
 _REMEMBERED = 4096  # files whose tables a process keeps
 
 
@@ -32,7 +30,7 @@ _REMEMBERED = 4096  # files whose tables a process keeps
 class Encoding:
     """How the frames of a video file become images: shrunk to `short_side` where they are larger, as JPEG or PNG.
 
-    JPEGs are of quality 95 without subsampled colours; PNG keeps every pixel.
+    JPEGs are those that `vac extract` writes; PNG keeps every pixel.
     """
 
     short_side: int | None = None
@@ -41,7 +39,7 @@ class Encoding:
     def encode(self, pixels: np.ndarray) -> bytes:
         """The image file of pixels (H, W, 3) uint8 RGB."""
         if self.image == "jpeg":
-            return simplejpeg.encode_jpeg(pixels, quality=_QUALITY, colorspace="RGB", colorsubsampling="444")
+            return encode_jpeg(pixels)
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
         return stream.getvalue()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 
 from vac_ddp.data.video_stream import Clock, DamagedVideo, Picture, decode, demux, open_file
 from vac_ddp.data.video_structure import bytes_missing
@@ -25,6 +26,7 @@ SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
     *(".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
+QUALITY = 90  # of JPEG frames, extracted or cached
 AUDIO_RATE = 16000  # samples per second of a sound file
 
 
@@ -186,21 +188,22 @@ def write_frames(
     *,
     rate: float | None = None,
     short_side: int | None = None,
-    quality: int,
-    subsampling: str,
+    quality: int = QUALITY,
 ) -> int:
     """Write the frames of a video as 0001.jpg, ... into `folder`; returns their number.
 
-    quality, subsampling: of the JPEGs, 1 to 100 and "420", "422" or "444". Raises DamagedVideo, and OSError.
+    quality: of the JPEGs, 1 to 100. Raises DamagedVideo, and OSError.
     """
-    import simplejpeg
-
     count = 0
     for image in video.frames(rate=rate, short_side=short_side):
         count += 1
-        data = simplejpeg.encode_jpeg(image, quality=quality, colorspace="RGB", colorsubsampling=subsampling)
-        (folder / f"{count:04d}.jpg").write_bytes(data)
+        (folder / f"{count:04d}.jpg").write_bytes(encode_jpeg(image, quality))
     return count
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int = QUALITY) -> bytes:
+    """A frame (H, W, 3) uint8 RGB as a JPEG with 4:2:0 subsampling, as video files have their colours."""
+    return simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
 
 
 def need_av() -> None:
