@@ -405,7 +405,7 @@ def test_a_video_file_is_unpacked_whole_and_upright(trained: Path, tmp_path: Pat
     assert unpack(tmp_path / "film.mkv", tmp_path / "frames", short_side=1000) == []
     unpacked = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames/film").iterdir())])
     assert unpacked.shape == pictures.shape
-    assert np.abs(unpacked.astype(int) - pictures).mean() < 4
+    assert np.abs(unpacked.astype(int) - pictures).mean() < 5  # colours at half the resolution
     unpack(tmp_path / "film.mkv", tmp_path / "small", short_side=48)
     assert Image.open(tmp_path / "small" / "film" / "0001.jpg").size == (64, 48)
     assert main(["--run", str(trained), "--data", str(tmp_path / "film.mkv")]) == 0

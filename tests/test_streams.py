@@ -169,7 +169,7 @@ def test_a_classifier_on_cuda_stays_on_the_device_that_was_current(monkeypatch: 
     monkeypatch.setattr(model, "to", lambda device: nn.Module.to(model, "meta"))  # a device that is there
     loaded = SimpleNamespace(model=model, report=SimpleNamespace(missing=[]), mean=(0.5,), std=(0.5,))
     monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: loaded)
-    source: Any = SimpleNamespace(path="best.pt", classes=["a", "b"], precision=None)
+    source: Any = SimpleNamespace(path="best.pt", classes=["a", "b"], precision=None, own=True)
     assert scorer_module.open_scorer(Config(), source, torch.device("cuda"), None).device == torch.device("meta")
 
 

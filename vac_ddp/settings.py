@@ -77,7 +77,10 @@ class DataSettings:
         None, "folder of cached indexes and of the frames of video files; default: ~/.cache/vac_ddp"
     )
     cache_gb: float = setting(
-        20.0, "size limit of the cached frames of video files, in GB; the others are decoded in every epoch", low=0
+        20.0,
+        "size limit of the cached frames of video files, in GB; the others are decoded in every epoch",
+        low=0,
+        high=10**6,
     )
     cache_format: Literal["jpeg", "png"] = setting(
         "jpeg",
