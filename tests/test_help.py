@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.help_screens import FOLDER, screens
 from tests.support import REPO, environment
 from vac_ddp import checks, cli, config
 from vac_ddp.arguments import parse_prediction, parse_settings
@@ -54,6 +55,13 @@ def test_help_imports_no_torch(command: str) -> None:
         env=environment(), cwd=REPO, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "False\n"
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays its help out differently in every version")
+def test_help_screens_are_those_that_were_read() -> None:
+    """A change of one is seen in a diff: `python -m tests.help_screens` writes them."""
+    kept = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.txt")}
+    assert screens() == kept
 
 
 def test_help_of_a_command_in_both_orders(capsys) -> None:
