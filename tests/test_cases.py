@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -152,11 +153,9 @@ def test_c22_predict_reads_a_file_as_extract_does(prepare: Callable[..., Path], 
             continue
         frames = list(VideoFile(path=path).frames())
         assert unpack(path, target, short_side=1000) == []
-        images = [np.asarray(Image.open(image)) for image in sorted(target.rglob("*.jpg"))]
-        assert len(images) == len(frames)
-        for image, frame in zip(images, frames, strict=True):
-            assert image.shape == frame.shape
-            assert np.abs(image.astype(int) - frame).mean() < 3
+        assert [image.read_bytes() for image in sorted(target.rglob("*.jpg"))] == [
+            simplejpeg.encode_jpeg(frame, quality=90, colorsubsampling="420") for frame in frames
+        ]  # the files that vac extract writes
         shapes[path.name] = (len(frames), *frames[0].shape[:2])
     assert shapes == {
         "latin1.mp4": (10, 120, 160),
