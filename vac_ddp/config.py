@@ -73,7 +73,7 @@ def _split(text: str) -> list[str]:
 
 
 def unknown_setting(name: str) -> UserError:
-    """The error for a name that is no setting, with the nearest one that is."""
+    """The error for a name that is not a setting, with the nearest one that is."""
     names = list(leaves())
     groups = sorted({n.rsplit(".", 1)[0] for n in names if "." in n})
     if name in groups:

@@ -81,7 +81,7 @@ def run_training(
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as `vac train` takes them. UserError for a name that is no setting."""
+    """Settings as `vac train` takes them. UserError for a name that is not a setting."""
     values = flatten(dict(settings), "settings")
     return [f"{name}={_text(value)}" for name, value in values.items()]
 

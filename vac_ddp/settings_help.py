@@ -223,7 +223,7 @@ def unknown_word(words: Sequence[str], place: int, *, flags: Sequence[str]) -> U
 
 
 def show_preset(name: str) -> str:
-    """The YAML of a preset. Raises UserError where there is none of this name."""
+    """The YAML of a preset. Raises UserError for an unknown name."""
     path: Any = PRESETS / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, presets(), 1)

@@ -9,7 +9,7 @@ ABOUT = "List the presets, or show the settings of one as YAML, to copy and chan
 
 
 def main(argv: list[str]) -> int:
-    """Print them. Raises UserError where there is no preset of this name."""
+    """Print them. Raises UserError for an unknown preset."""
     parser = ArgumentParser(prog="vac presets", description=ABOUT)
     parser.add_argument("action", nargs="?", choices=("show",), help="show the preset NAME")
     parser.add_argument("name", nargs="?", metavar="NAME", help="name of a preset")

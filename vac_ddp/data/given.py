@@ -104,7 +104,8 @@ def open_given(x: Any, config: Config, classes: list[str]) -> Given:
     A video is named by its file or folder, one of a folder of videos as in the submission, one in memory by its place
     in the list ("0" where it is alone); where a name would come twice, those of files and folders are their paths.
     classes: of the model, those of a labelled folder must be among them. No file is written. Raises UserError, in one
-    line, for what is no video, has another type or shape, or is not there, and for a single file that does not decode.
+    line, for what is not a video, has another type or shape, or does not exist, and for a single file that does not
+    decode.
     """
     if not isinstance(x, list | tuple) or _is_images(x):
         return _open(x, "x", "0", config, classes, alone=True)

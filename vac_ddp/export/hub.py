@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from vac_ddp.errors import UserError, one_line
-
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from vac_ddp.models.foreign import HUB_ID
 
 
 def check_push(repo: str) -> None:
     """UserError, before any work is done, where `repo` is not a hub id or there is no token."""
     import huggingface_hub
 
-    if not _REPO.fullmatch(repo):
+    if not HUB_ID.fullmatch(repo):
         raise UserError(f"--push {repo}: expected USER/NAME, the hub's id of the model")
     if huggingface_hub.get_token() is None:
         raise UserError("--push needs a token of the hub with write access: `hf auth login`, or HF_TOKEN")

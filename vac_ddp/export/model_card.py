@@ -11,12 +11,12 @@ from typing import Any
 from vac_ddp import config as settings_io
 from vac_ddp.errors import UserError
 from vac_ddp.export.card_code import card_code
+from vac_ddp.models.foreign import HUB_ID
 from vac_ddp.settings import Config
 from vac_ddp.text import listed
 
 UNKNOWN = "unknown"  # the hub's name of a licence that is not stated
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FIGURES = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
@@ -72,7 +72,7 @@ def _head(card: Card) -> str:
     if card.hf_input:
         lines.append("library_name: transformers")
     lines += ["tags:", "- video-classification", f"- {model.name}", "- vac_ddp"]
-    if model.weights and _HUB_ID.match(model.weights) and not Path(model.weights).exists():
+    if model.weights and HUB_ID.fullmatch(model.weights) and not Path(model.weights).exists():
         lines.append(f"base_model: {model.weights}")
     return "\n".join([*lines, "metrics:", "- accuracy", "---"])
 
@@ -92,7 +92,7 @@ def _summary(card: Card) -> str:
 def _origin(weights: str | None) -> str:
     if weights is None:
         return "It was trained from scratch."
-    if _HUB_ID.match(weights) and not Path(weights).exists():
+    if HUB_ID.fullmatch(weights) and not Path(weights).exists():
         return f"It was fine-tuned from `{weights}`, whose licence applies to it as well."
     return f"It was fine-tuned from weights in `{Path(weights).name}`."
 
@@ -155,7 +155,7 @@ def _groups(config: Config, names: Sequence[str]) -> dict[str, Any]:
     values = settings_io.to_dict(config)
     groups = {name: values[name] for name in names}
     weights = groups["model"]["weights"]
-    if weights and not _HUB_ID.match(weights):
+    if weights and not HUB_ID.fullmatch(weights):
         groups["model"]["weights"] = Path(weights).name
     return groups
 

@@ -1,4 +1,4 @@
-"""Classifiers that are no runs: a Hugging Face directory, as `vac export` writes one, or a hub id."""
+"""Classifiers that are not runs: a Hugging Face directory, as `vac export` writes one, or a hub id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = "vac_ddp.yaml"  # beside exported weights: how videos become clips an
 def open_foreign(asked: str) -> tuple[Source, Config]:
     """The weights, with their class names, and the settings of a Hugging Face directory or hub id.
 
-    Raises UserError, in one line, where it cannot be had, its weights are not safetensors, or it is no classifier.
+    Raises UserError, in one line, where it cannot be had, its weights are not safetensors, or it is not a classifier.
     """
     source = open_source(asked, setting="")
     if ".safetensors" not in source.path.name:  # model.safetensors, or the index of several

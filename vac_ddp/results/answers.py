@@ -86,7 +86,7 @@ class Embedding:
 
 
 class _Answers(list[_Item]):
-    """A list, with what is to be known about the data: files that are no frames, videos without frames."""
+    """A list, with what is to be known about the data: files that are not frames, videos without frames."""
 
     def __init__(self, items: Iterable[_Item] = (), *, notes: Iterable[str] = ()) -> None:
         super().__init__(items)
@@ -94,7 +94,7 @@ class _Answers(list[_Item]):
 
 
 class Predictions(_Answers[Prediction]):
-    """Predictions in the order of the videos: a list. notes: lines about the data, as files that are no frames."""
+    """Predictions in the order of the videos: a list. notes: lines about the data, as files that are not frames."""
 
     def to_dict(self) -> list[dict[str, Any]]:
         """All but the logits in plain types, for JSON: `Prediction.to_dict` of each."""
@@ -111,7 +111,7 @@ class Predictions(_Answers[Prediction]):
 
 
 class Embeddings(_Answers[Embedding]):
-    """Features in the order of the videos: a list. notes: lines about the data, as files that are no frames."""
+    """Features in the order of the videos: a list. notes: lines about the data, as files that are not frames."""
 
     def numpy(self) -> np.ndarray:
         """The pooled features of all videos, (V, n, D) float32."""
